@@ -1,0 +1,367 @@
+"""RingBuffer: the last keys and values of a stream, in memory that does not grow."""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from ringjax import _inputs
+from ringjax._slots import NOTHING, position_in_slot, slot_of_position
+from ringjax._window import Window
+
+_INVALID = np.int32(2**31 - 1)  # `written` of a row that was rolled back too far
+
+
+class RingExport(NamedTuple):
+    """What a ring holds, oldest token first, without its storage order.
+
+    Attributes:
+      k, v: [B, C, K, H] and [B, C, K, Hv]; zero where there is no token.
+      positions: int32 [B, C], ascending; -1 (all at the end) where there is no token.
+      length: int32 [B], tokens ever appended.
+    """
+
+    k: Array
+    v: Array
+    positions: Array
+    length: Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "length", "written"],
+    meta_fields=["window", "slack"],
+)
+@dataclasses.dataclass(frozen=True)
+class RingBuffer:
+    """Keys and values of the last tokens of each row, newest over oldest; an immutable pytree of fixed size.
+
+    A ring holds the tokens that `window` can still see, `slack` more, and the window's pinned sinks. Its storage order
+    is private: read it with `positions` or `export`. All methods return new buffers and run under `jit`; donate the
+    old one, or carry it through `lax.scan`, and XLA updates it in place.
+
+    Attributes:
+      k, v: [B, K, C, H] and [B, K, C, Hv], in storage order. Private.
+      length: int32 [B], tokens ever appended, less those rolled back; the next token's position.
+      written: int32 [B], the largest length so far. Private.
+      window: what a query sees.
+      slack: how many tokens can be rolled back.
+    """
+
+    k: Array
+    v: Array
+    length: Array
+    written: Array
+    window: Window
+    slack: int
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        window: Window,
+        *,
+        slack: int = 0,
+        value_dim: int | None = None,
+        dtype: Any = jnp.bfloat16,
+    ) -> "RingBuffer":
+        """A ring with no tokens: `sinks + size + slack` slots per row.
+
+        Args:
+          batch: B, rows.
+          kv_heads: K, key and value heads.
+          head_dim: H of the keys.
+          window: must be bounded on the left.
+          slack: spare slots: how many tokens can be rolled back.
+          value_dim: H of the values; None: `head_dim`.
+          dtype: float32, bfloat16 or float16.
+
+        Raises:
+          ValueError: a size below 1, a window without a left bound, a negative slack.
+          TypeError: an argument of the wrong kind.
+        """
+        call = "RingBuffer.empty"
+        batch = _inputs.as_int(call, "batch", batch, least=1)
+        kv_heads = _inputs.as_int(call, "kv_heads", kv_heads, least=1)
+        head_dim = _inputs.as_int(call, "head_dim", head_dim, least=1)
+        value_dim = head_dim if value_dim is None else _inputs.as_int(call, "value_dim", value_dim, least=1)
+        slack = _inputs.as_int(call, "slack", slack, least=0)
+        _inputs.check_type(call, "window", window, Window, "Window.causal(size) sees the last `size` keys.")
+        if window.size is None:
+            first = f"{call}: window must be bounded on the left, got {window}."
+            hint = (
+                "memory that does not grow cannot hold every key; for full attention give the longest stream's length."
+            )
+            raise ValueError(_inputs.message(first, hint=hint))
+        dtype = jnp.dtype(dtype)
+        if dtype.name not in _inputs.FLOATS:
+            raise TypeError(f"{call}: dtype must be one of {', '.join(_inputs.FLOATS)}, got {dtype.name}.")
+        capacity = window.sinks + window.size + slack
+        return cls(
+            k=jnp.zeros((batch, kv_heads, capacity, head_dim), dtype),
+            v=jnp.zeros((batch, kv_heads, capacity, value_dim), dtype),
+            length=jnp.zeros(batch, jnp.int32),
+            written=jnp.zeros(batch, jnp.int32),
+            window=window,
+            slack=slack,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """C: slots per row."""
+        return self.k.shape[2]
+
+    @property
+    def valid(self) -> Array:
+        """bool [B]: False in rows that were rolled back by more than the slack inside jit; they read as empty."""
+        return self.written - self.length <= self.slack
+
+    def positions(self) -> Int[Array, "B C"]:
+        """The position in each slot, in storage order; -1 where a slot holds no token."""
+        return position_in_slot(
+            jnp.arange(self.capacity, dtype=jnp.int32)[None],
+            self.length[:, None],
+            self.written[:, None],
+            sinks=self.window.sinks,
+            slack=self.slack,
+            capacity=self.capacity,
+        )
+
+    def append(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K Hv"], *, lengths: Int[Array, " B"] | None = None
+    ) -> "RingBuffer":
+        """The ring after T more tokens per row, of any number, cast to the ring's dtype.
+
+        Args:
+          k, v: the tokens' keys and values.
+          lengths: int32 [B], how many of them are real; the rest is padding and is not written. None: all.
+
+        Raises:
+          ValueError: shapes that are not the ring's; outside jit, lengths that are not in 0..T.
+        """
+        call = "RingBuffer.append"
+        _check_tokens(call, self, k, v)
+        lengths = _inputs.as_row_integers(call, "lengths", lengths, self.k.shape[0])
+        _inputs.check_lengths(call, lengths, k.shape[1])
+        return _append(self, jnp.asarray(k), jnp.asarray(v), lengths)
+
+    def rollback(self, n: int | Int[Array, " B"]) -> "RingBuffer":
+        """The ring before its last n tokens: what the next query saw then, it sees again.
+
+        Args:
+          n: tokens to take back, one number for all rows or int32 [B]; at most `slack`, all rollbacks since the
+            farthest token counted together.
+
+        Raises:
+          ValueError: outside jit, n < 0, beyond the slack or more than there are. Inside jit such a row becomes
+            invalid: it reads as empty, whatever is appended, until `insert` or `reset` replaces it.
+        """
+        call = "RingBuffer.rollback"
+        count = _inputs.as_row_integers(call, "n", n, self.k.shape[0], scalar=True)
+        assert count is not None
+        depth = self.written - self.length + count
+        wrong = (count < 0) | (count > self.length) | (depth > self.slack)
+        if _inputs.is_concrete(wrong) and bool(wrong.any()):
+            facts = {"length": self.length.tolist(), "rolled back before": (self.written - self.length).tolist()}
+            hint = "give the ring more slack: RingBuffer.empty(..., slack=...)."
+            first = f"{call}: n must be between 0 and the slack, {self.slack}, and the length, got {count.tolist()}."
+            raise ValueError(_inputs.message(first, facts, hint))
+        length = jnp.clip(self.length - count, 0, self.length)
+        return dataclasses.replace(self, length=length, written=jnp.where(wrong, _INVALID, self.written))
+
+    def select(self, rows: Int[Array, " R"]) -> "RingBuffer":
+        """The ring whose row i is this one's row `rows[i]`: beam search, forks, another batch size."""
+        index = jnp.asarray(rows)
+        if not np.issubdtype(index.dtype, np.integer) or index.ndim != 1:
+            raise ValueError(f"RingBuffer.select: rows must be integers of one axis, got {_inputs.describe(index)}.")
+        _check_rows("RingBuffer.select", index, self.k.shape[0])
+        return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), self)
+
+    def insert(self, row: int | Int[Array, ""], other: "RingBuffer") -> "RingBuffer":
+        """The ring with row `row` (and those after it) replaced by the rows of `other`.
+
+        Raises:
+          ValueError: `other` differs in anything but its batch; outside jit, rows that do not exist.
+        """
+        call = "RingBuffer.insert"
+        _inputs.check_type(call, "other", other, RingBuffer)
+        mine, theirs = _outline(self), _outline(other)
+        if mine != theirs:
+            first = f"{call}: both rings must have the same window, slack, heads, dims and dtype."
+            raise ValueError(_inputs.message(first, {"ring": _text(self), "other": _text(other)}))
+        index = jnp.asarray(row)
+        if index.ndim != 0 or not np.issubdtype(index.dtype, np.integer):
+            raise ValueError(f"{call}: row must be one integer, got {_inputs.describe(row)}.")
+        _check_rows(call, index, self.k.shape[0] - other.k.shape[0] + 1)
+        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0), self, other)
+
+    def reset(self, rows: Array | None = None) -> "RingBuffer":
+        """The ring with rows emptied: those where the bool [B] `rows` is True; None: all."""
+        if rows is None:
+            rows = jnp.ones(self.k.shape[0], bool)
+        if str(getattr(rows, "dtype", None)) != "bool" or rows.shape != self.length.shape:
+            raise ValueError(
+                f"RingBuffer.reset: rows must be bool[{self.k.shape[0]}], one per row, got {_inputs.describe(rows)}."
+            )
+        zero = jnp.zeros_like(self.length)
+        return dataclasses.replace(
+            self, length=jnp.where(rows, zero, self.length), written=jnp.where(rows, zero, self.written)
+        )
+
+    def export(self) -> RingExport:
+        """What the ring holds, oldest token first."""
+        positions = self.positions()
+        order = jnp.argsort(jnp.where(positions < 0, _INVALID, positions), axis=1)
+        positions = jnp.take_along_axis(positions, order, axis=1)
+
+        def logical(x: Array) -> Array:
+            x = jnp.take_along_axis(jnp.moveaxis(x, 1, 2), order[:, :, None, None], axis=1)
+            return jnp.where((positions >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype))
+
+        return RingExport(logical(self.k), logical(self.v), positions, self.length)
+
+    @classmethod
+    def restore(cls, exported: RingExport, window: Window, *, slack: int = 0, dtype: Any = None) -> "RingBuffer":
+        """A ring, of any capacity, that continues the stream of an exported one.
+
+        Raises:
+          ValueError: outside jit, the export lacks tokens that `window` still sees. Inside jit such a row is invalid.
+        """
+        call = "RingBuffer.restore"
+        _inputs.check_type(call, "exported", exported, RingExport)
+        k, v, positions, length = (jnp.asarray(x) for x in exported)
+        _inputs.check_array(call, "exported.k", k, "B C K H")
+        _inputs.check_array(call, "exported.v", v, "B C K Hv")
+        ring = cls.empty(
+            k.shape[0], k.shape[2], k.shape[3], window, slack=slack, value_dim=v.shape[3], dtype=dtype or k.dtype
+        )
+        around = ring.capacity - window.sinks
+        fits = (positions >= 0) & ((positions < window.sinks) | (positions >= length[:, None] - around))
+        slots = slot_of_position(jnp.maximum(positions, 0), sinks=window.sinks, capacity=ring.capacity)
+        ring = _scatter(ring, k, v, jnp.where(fits, slots, NOTHING))
+        # A token that was lost counts as overwritten, which bounds how far the new ring can be rolled back.
+        held = jnp.sort(jnp.where(positions < 0, _INVALID, positions), axis=1)
+        pinned = jnp.arange(held.shape[1], dtype=jnp.int32)[None] < jnp.minimum(window.sinks, length)[:, None]
+        index = jnp.arange(held.shape[1], dtype=jnp.int32)[None]
+        lost_sinks = (pinned & (held != index)).any(1) | (jnp.minimum(window.sinks, length) > held.shape[1])
+        oldest = jnp.min(jnp.where(held >= window.sinks, held, _INVALID), axis=1)
+        oldest = jnp.minimum(oldest, jnp.maximum(length, window.sinks))
+        written = jnp.where(oldest > window.sinks, jnp.maximum(length, oldest + around), length)
+        lost = lost_sinks | (written - length > slack)
+        if _inputs.is_concrete(lost) and bool(lost.any()):
+            first = f"{call}: the export must hold every token that the window still sees, got {window}."
+            facts = {"export": f"{_inputs.describe(exported.k)}, of streams of length {length.tolist()}"}
+            hint = "a ring can only be restored into a window that is not larger than its own."
+            raise ValueError(_inputs.message(first, facts, hint))
+        return dataclasses.replace(ring, length=length, written=jnp.where(lost, _INVALID, written))
+
+
+def _outline(ring: RingBuffer) -> Any:
+    return ring.window, ring.slack, ring.k.shape[1:], ring.v.shape[1:], ring.k.dtype
+
+
+def _text(ring: RingBuffer) -> str:
+    slack = f", slack {ring.slack}" if ring.slack else ""
+    values = f", values {_inputs.describe(ring.v)}" if ring.v.shape != ring.k.shape else ""
+    return f"{_inputs.describe(ring.k)}{values}, {ring.window}{slack}"
+
+
+def _check_rows(call: str, rows: Any, count: int) -> None:
+    if _inputs.is_concrete(rows):
+        values = np.asarray(rows)
+        if ((values < 0) | (values >= count)).any():
+            raise ValueError(f"{call}: rows must be between 0 and {count - 1}, got {values.tolist()}.")
+
+
+def _check_tokens(call: str, ring: RingBuffer, k: Any, v: Any) -> None:
+    _inputs.check_array(call, "k", k, "B T K H")
+    _inputs.check_array(call, "v", v, "B T K Hv")
+    texts = {"k": _inputs.describe(k), "v": _inputs.describe(v), "buffer": _text(ring)}
+    _inputs.check_agree(call, "length", {"k": (k.shape[1], texts["k"]), "v": (v.shape[1], texts["v"])})
+    for what, name, x, mine in (
+        ("batch", "k", k.shape[0], ring.k.shape[0]),
+        ("batch", "v", v.shape[0], ring.k.shape[0]),
+        ("kv heads", "k", k.shape[2], ring.k.shape[1]),
+        ("kv heads", "v", v.shape[2], ring.k.shape[1]),
+        ("head_dim", "k", k.shape[3], ring.k.shape[3]),
+        ("value_dim", "v", v.shape[3], ring.v.shape[3]),
+    ):
+        _inputs.check_agree(call, what, {name: (x, texts[name]), "buffer": (mine, texts["buffer"])})
+
+
+def _append(ring: RingBuffer, k: Array, v: Array, lengths: Array | None) -> RingBuffer:
+    chunk = k.shape[1]
+    sinks, capacity = ring.window.sinks, ring.capacity
+    k, v = k.astype(ring.k.dtype), v.astype(ring.v.dtype)
+    added = jnp.full_like(ring.length, chunk) if lengths is None else lengths
+    length = ring.length + added
+    new = dataclasses.replace(ring, length=length, written=jnp.maximum(ring.written, length))
+    if chunk == 0:
+        return ring
+    if chunk == 1 and ring.k.shape[0] == 1:
+        return _write_one(new, ring, k, v, lengths)
+    if 2 * chunk >= capacity or chunk > capacity - sinks:
+        return _rewrite(new, ring, k, v)
+    # Only what survives is written: no slot twice, padding nowhere.
+    index = jnp.arange(chunk, dtype=jnp.int32)[None]
+    position = ring.length[:, None] + index
+    kept = index < added[:, None]
+    slots = slot_of_position(position, sinks=sinks, capacity=capacity)
+    return _scatter(new, k, v, jnp.where(kept, slots, NOTHING))
+
+
+def _scatter(ring: RingBuffer, k: Array, v: Array, slots: Array) -> RingBuffer:
+    """Writes token t of row b into slot `slots[b, t]`; nowhere if that is `NOTHING`."""
+    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    # Every index is different, the dropped ones too, as `unique_indices` promises.
+    beyond = ring.capacity + jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
+    slots = jnp.where(slots < 0, beyond, slots)
+
+    def write(ring: Array, tokens: Array) -> Array:
+        return ring.at[rows, :, slots].set(tokens.astype(ring.dtype), mode="drop", unique_indices=True)
+
+    return dataclasses.replace(ring, k=write(ring.k, k), v=write(ring.v, v))
+
+
+def _write_one(new: RingBuffer, old: RingBuffer, k: Array, v: Array, lengths: Array | None) -> RingBuffer:
+    """One token of a single row: a `dynamic_update_slice`, which XLA does in place in any loop."""
+    slot = slot_of_position(old.length[0], sinks=old.window.sinks, capacity=old.capacity)
+
+    def write(ring: Array, token: Array) -> Array:
+        token = jnp.moveaxis(token, 1, 2)
+        if lengths is not None:
+            before = lax.dynamic_slice_in_dim(ring, slot, 1, axis=2)
+            token = jnp.where(lengths[0] > 0, token, before)
+        return lax.dynamic_update_slice_in_dim(ring, token, slot, axis=2)
+
+    return dataclasses.replace(new, k=write(old.k, k), v=write(old.v, v))
+
+
+def _rewrite(new: RingBuffer, old: RingBuffer, k: Array, v: Array) -> RingBuffer:
+    """A chunk that fills most of the ring: each slot takes the token that is its own now, or keeps what it has."""
+    slots = jnp.arange(new.capacity, dtype=jnp.int32)[None]
+    # As if nothing had ever been rolled back: what a slot holds after the last write to it.
+    holds = position_in_slot(
+        slots,
+        new.length[:, None],
+        new.length[:, None],
+        sinks=new.window.sinks,
+        slack=new.slack,
+        capacity=new.capacity,
+    )
+    index = holds - old.length[:, None]
+    fresh = ((index >= 0) & (holds >= 0))[:, None, :, None]
+    index = jnp.clip(index, 0, k.shape[1] - 1)[:, :, None, None]
+
+    def write(ring: Array, tokens: Array) -> Array:
+        tokens = jnp.moveaxis(jnp.take_along_axis(tokens, index, axis=1), 2, 1)
+        return jnp.where(fresh, tokens, ring)
+
+    return dataclasses.replace(new, k=write(old.k, k), v=write(old.v, v))

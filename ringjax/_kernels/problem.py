@@ -1,0 +1,116 @@
+"""The static facts of one attention call, and the arrays that go with it.
+
+`Problem` holds all that decides which implementation runs and how it is compiled; it is hashable and holds no arrays,
+so that a test can pretend to be on any device. `Rows` holds the integers of each row of the batch.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ringjax._kernels.tiles import AUTOMATIC, Tiles
+from ringjax._slots import NOTHING, position_in_slot
+from ringjax._window import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention call, less its arrays.
+
+    Attributes:
+      batch, queries, keys: B, T, S (for a ring, S is its capacity).
+      heads, kv_heads, head_dim, value_dim: N, K, H and the values' H.
+      q_dtype, kv_dtype, out_dtype: names of the dtypes of the queries, of the keys and values, of the output.
+      window: what a query sees.
+      layout: "linear": keys and values are [B, S, K, H], key j of a row at position `kv_offset + j`.
+        "ring": they are [B, K, C, H] in a ring's storage order.
+      slack: of the ring (0 for the linear layout).
+      q_offset: linear only: position of query 0 relative to key 0, the same in every row; None: `Rows.q_start` tells.
+      scale, softcap: of the logits.
+      sink_logits, segments, ragged: whether sink logits, segment ids, numbers of valid queries are given.
+      platform: "cpu", "gpu", "tpu"; device_kind: such as "NVIDIA H200".
+      tiles: the caller's tile sizes; None in a field means the implementation's own choice.
+      deterministic: whether two runs must agree bit for bit.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    q_dtype: str
+    kv_dtype: str
+    out_dtype: str
+    window: Window
+    layout: Literal["linear", "ring"] = "linear"
+    slack: int = 0
+    q_offset: int | None = 0
+    scale: float = 1.0
+    softcap: float | None = None
+    sink_logits: bool = False
+    segments: bool = False
+    ragged: bool = False
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    tiles: Tiles = AUTOMATIC
+    deterministic: bool = False
+
+    @property
+    def group(self) -> int:
+        """G: query heads per kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def is_ring(self) -> bool:
+        return self.layout == "ring"
+
+
+class Rows(NamedTuple):
+    """Integers of each row of the batch, all int32.
+
+    Attributes:
+      q_start: [B], position of query 0; None: `Problem.q_offset + kv_start`.
+      kv_start: [B], position of key 0 (linear); None: 0.
+      q_length: [B], number of valid queries, the rest is padding; None: all.
+      length, written: [B], of the ring (see `ringjax._slots`); None for the linear layout.
+      q_segments, kv_segments: [B, T] and [B, S] (linear); a query sees keys of its own segment only, and a negative
+        segment is padding; None: one segment.
+    """
+
+    q_start: jax.Array | None = None
+    kv_start: jax.Array | None = None
+    q_length: jax.Array | None = None
+    length: jax.Array | None = None
+    written: jax.Array | None = None
+    q_segments: jax.Array | None = None
+    kv_segments: jax.Array | None = None
+
+
+def query_positions(problem: Problem, rows: Rows, queries: Any) -> jax.Array:
+    """Positions of the queries with indices `queries` [t], as int32 [B or 1, t]."""
+    if rows.q_start is not None:
+        return rows.q_start[:, None] + queries[None]
+    assert problem.q_offset is not None
+    start = np.zeros(1, np.int32) if rows.kv_start is None else rows.kv_start
+    return jnp.asarray(start + np.int32(problem.q_offset))[:, None] + queries[None]
+
+
+def key_positions(problem: Problem, rows: Rows, slots: Any) -> jax.Array:
+    """Positions of the keys stored at indices `slots` [s], as int32 [B or 1, s]; `NOTHING` where none is stored."""
+    if problem.is_ring:
+        assert rows.length is not None and rows.written is not None
+        return position_in_slot(
+            slots[None],
+            rows.length[:, None],
+            rows.written[:, None],
+            sinks=problem.window.sinks,
+            slack=problem.slack,
+            capacity=problem.keys,
+        )
+    position = slots[None] if rows.kv_start is None else rows.kv_start[:, None] + slots[None]
+    return jnp.where(slots[None] < problem.keys, position, NOTHING)

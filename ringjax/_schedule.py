@@ -1,0 +1,154 @@
+"""Which tiles of the queries x keys plane hold a visible pair: pure integer functions.
+
+Queries t = 0..T-1 stand at positions `q_offset + t`, keys j = 0..S-1 at positions j. The plane is cut into tiles of
+`tile_size` queries by `block_size` keys. For one row of tiles (or, transposed, one column) the visible ones are a
+contiguous run, plus the tiles that hold pinned sinks to its left; the tiles in which every pair is visible are a
+contiguous run inside it. Kernels loop over these bounds: edge, full, edge; only edge tiles need a mask.
+
+The functions take Python ints, NumPy arrays, jax arrays or values inside a kernel.
+"""
+
+from typing import Any, NamedTuple
+
+from ringjax._slots import namespace
+from ringjax._window import Window
+
+
+class KeyTiles(NamedTuple):
+    """Key tiles that one query tile needs; half-open ranges of tile indices, `sink_full <= sink_end <= first`.
+
+    Tiles [0, sink_full) and [full_first, full_end) are full. Tiles [sink_full, sink_end), [first, full_first) and
+    [full_end, end) are edges. All others are skipped.
+    """
+
+    sink_full: Any
+    sink_end: Any
+    first: Any
+    full_first: Any
+    full_end: Any
+    end: Any
+
+
+class QueryTiles(NamedTuple):
+    """Query tiles that one key tile needs: [full_first, full_end) are full, the rest of [first, end) are edges."""
+
+    first: Any
+    full_first: Any
+    full_end: Any
+    end: Any
+
+
+def _static(*values: Any) -> bool:
+    return all(isinstance(value, int) for value in values)
+
+
+def _least(a: Any, b: Any) -> Any:
+    return min(a, b) if _static(a, b) else namespace(a, b).minimum(a, b)
+
+
+def _greatest(a: Any, b: Any) -> Any:
+    return max(a, b) if _static(a, b) else namespace(a, b).maximum(a, b)
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    return (a if condition else b) if isinstance(condition, bool) else namespace(condition, a, b).where(condition, a, b)
+
+
+def _clip(value: Any, low: Any, high: Any) -> Any:
+    return _greatest(low, _least(value, high))
+
+
+def _nested(first: Any, full_first: Any, full_end: Any, end: Any) -> tuple[Any, Any, Any, Any]:
+    """The same runs with first <= full_first <= full_end <= end."""
+    end = _greatest(first, end)
+    full_first = _clip(full_first, first, end)
+    return first, full_first, _clip(full_end, full_first, end), end
+
+
+def key_tiles(
+    window: Window, query_tile: Any, *, tile_size: int, block_size: int, queries: int, keys: int, q_offset: Any
+) -> KeyTiles:
+    """The key tiles that queries [query_tile * tile_size, ...) need.
+
+    Args:
+      window: what a query sees.
+      query_tile: index of the query tile; its queries beyond `queries` are overhang and need nothing.
+      tile_size, block_size: queries and keys in a tile.
+      queries, keys: T and S.
+      q_offset: position of query 0 (key 0 is at position 0).
+    """
+    q_first = query_tile * tile_size + q_offset
+    q_last = _least(query_tile * tile_size + tile_size, queries) - 1 + q_offset
+
+    def tiles_up_to(key: Any) -> Any:  # that hold a key <= `key`
+        return (_clip(key, -1, keys - 1) + block_size) // block_size
+
+    def whole_tiles_up_to(key: Any) -> Any:  # all of whose slots hold a key <= `key`; overhang is nobody's key
+        return (_clip(key, -1, keys - 1) + 1) // block_size
+
+    end = whole = -(-keys // block_size)
+    if keys % block_size:
+        whole -= 1
+    if window.right is not None:
+        end = tiles_up_to(q_last + window.right)
+        whole = whole_tiles_up_to(q_first + window.right)
+    if window.left is None:
+        return KeyTiles(0, 0, *_nested(0, 0, whole, end))
+
+    lowest = q_first - window.left
+    first = _where(lowest >= keys, end, _least(_clip(lowest, 0, keys) // block_size, end))
+    # Every query of the tile sees every key from `inner` on (up to the right edge).
+    inner = q_last - window.left
+    full_first = (_clip(inner, 0, keys) + block_size - 1) // block_size
+    if not window.sinks:
+        return KeyTiles(0, 0, *_nested(first, full_first, whole, end))
+
+    # Sinks are seen from everywhere: where they reach `inner`, nothing on the left is masked at all.
+    joined = inner <= window.sinks
+    sink_end = _where(joined, 0, _least(-(-min(window.sinks, keys) // block_size), end))
+    sink_full = _least(_least(window.sinks // block_size, whole), sink_end)
+    first = _where(joined, 0, _greatest(first, sink_end))
+    full_first = _where(joined, 0, full_first)
+    return KeyTiles(sink_full, sink_end, *_nested(first, full_first, whole, end))
+
+
+def query_tiles(
+    window: Window, key_tile: Any, *, tile_size: int, block_size: int, queries: int, keys: int, q_offset: Any
+) -> QueryTiles:
+    """The query tiles that keys [key_tile * block_size, ...) need: the transpose of `key_tiles`.
+
+    A key tile that overhangs `keys` has no full tile. Arguments as in `key_tiles`.
+    """
+    k_first = key_tile * block_size
+    k_last = _least(k_first + block_size, keys) - 1
+    overhangs = k_first + block_size > keys
+
+    def first_tile_from(position: Any) -> Any:  # that holds a query at a position >= `position`
+        return _clip(position - q_offset, 0, queries) // tile_size
+
+    last_tile = -(-queries // tile_size)
+    first = full_first = 0
+    end = full_end = last_tile
+    if window.right is not None:
+        first = first_tile_from(k_first - window.right)
+        full_first = (_clip(k_last - window.right - q_offset, 0, queries) + tile_size - 1) // tile_size
+        # A tile that starts beyond the queries holds none.
+        first = _where(k_first - window.right - q_offset >= queries, end, first)
+    if window.left is not None:
+
+        def tiles_before(position: Any) -> Any:  # that hold a query at a position <= `position`
+            return (_clip(position - q_offset, -1, queries - 1) + tile_size) // tile_size
+
+        def whole_tiles_before(position: Any) -> Any:  # whose last query is at a position <= `position`
+            reach = _clip(position - q_offset, -1, queries - 1) + 1
+            return _where(reach >= queries, last_tile, reach // tile_size)
+
+        end = tiles_before(k_last + window.left)
+        full_end = whole_tiles_before(k_first + window.left)
+        if window.sinks:
+            end = _where(k_first < window.sinks, last_tile, end)
+            # The first key of the tile that is not pinned is the one that leaves the window first.
+            full_end = whole_tiles_before(_greatest(k_first, window.sinks) + window.left)
+            full_end = _where(k_last < window.sinks, last_tile, full_end)
+    full_end = _where(overhangs, full_first, full_end)
+    return QueryTiles(*_nested(first, full_first, full_end, end))
