@@ -2,8 +2,31 @@
 
 from ringjax._attention import attend, attention, merge
 from ringjax._buffer import RingBuffer, RingExport
+from ringjax._generation import Generation, generate, last_calculated, prefill
+from ringjax._sampling import Sampling, greedy
+from ringjax._state import BufferState, RingBufferConfig, decode, encode, init_state
+from ringjax._training import chunked_value_and_grad
 from ringjax._window import Window
 
 __version__ = "0.1.0"
 
-__all__ = ["RingBuffer", "RingExport", "Window", "attend", "attention", "merge"]
+__all__ = [
+    "BufferState",
+    "Generation",
+    "RingBuffer",
+    "RingBufferConfig",
+    "RingExport",
+    "Sampling",
+    "Window",
+    "attend",
+    "attention",
+    "chunked_value_and_grad",
+    "decode",
+    "encode",
+    "generate",
+    "greedy",
+    "init_state",
+    "last_calculated",
+    "merge",
+    "prefill",
+]

@@ -143,6 +143,7 @@ def _canonical(
         q_offset = keys - queries
     elif isinstance(q_offset, int | np.integer) and not isinstance(q_offset, bool):
         q_offset = int(q_offset)
+        _inputs.check_int32(call, "q_offset", q_offset)
     else:
         q_start, q_offset = _inputs.as_row_integers(call, "q_offset", q_offset, batch, scalar=True), None
     problem = Problem(
@@ -292,6 +293,30 @@ def attend_with_lse(
     return (out if real is None else _zero_where_padding(out, real)), lse, after
 
 
+def attend_to_memory(
+    call: str,
+    q: Array,
+    ring: RingBuffer,
+    lengths: Any,
+    softcap: Any,
+    scale: Any,
+    implementation: str | None,
+    config: Any,
+) -> tuple[Array, Array]:
+    """Attention of queries [B, T, N, H] to all that a ring keeps in view, whatever their own positions.
+
+    Output in float32 and lse. Each query stands where the ring's newest token does.
+    """
+    q = jnp.asarray(q)
+    lengths = _inputs.as_row_integers(call, "lengths", lengths, q.shape[0])
+    options = _options(call, q, None, softcap, scale, config)
+    if lengths is not None:
+        q = _zero_where_padding(q, jnp.arange(q.shape[1], dtype=jnp.int32)[None] < lengths[:, None])
+    problem = dataclasses.replace(_ring_problem(q, ring, options, "float32", lengths), q_stride=0)
+    rows = Rows(q_start=ring.length - 1, q_length=lengths, length=ring.length, written=ring.written)
+    return _run(call, implementation, problem, rows, q, ring.k, ring.v, None)
+
+
 def _run(
     call: str, implementation: str | None, problem: Problem, rows: Rows, q: Array, k: Array, v: Array, sinks: Any
 ) -> tuple[Array, Array]:
@@ -385,8 +410,9 @@ def merge(outs: Any, lses: Any, *, return_lse: bool = False) -> Any:
 
     Raises:
       ValueError: no or unequally many arrays, or shapes that differ.
+      TypeError: an argument of the wrong kind.
     """
-    outs, lses = list(outs), list(lses)
+    outs, lses = _inputs.as_list("merge", "outs", outs), _inputs.as_list("merge", "lses", lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge: outs and lses must be as many, at least one, got {len(outs)} and {len(lses)}.")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):

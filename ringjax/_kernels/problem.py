@@ -29,6 +29,7 @@ class Problem:
         "ring": they are [B, K, C, H] in a ring's storage order.
       slack: of the ring (0 for the linear layout).
       q_offset: linear only: position of query 0 relative to key 0, the same in every row; None: `Rows.q_start` tells.
+      q_stride: by how much the position grows from query to query: 1, or 0 if all queries stand at the first's.
       scale, softcap: of the logits.
       sink_logits, segments, ragged: whether sink logits, segment ids, numbers of valid queries are given.
       platform: "cpu", "gpu", "tpu"; device_kind: such as "NVIDIA H200".
@@ -50,6 +51,7 @@ class Problem:
     layout: Literal["linear", "ring"] = "linear"
     slack: int = 0
     q_offset: int | None = 0
+    q_stride: Literal[0, 1] = 1
     scale: float = 1.0
     softcap: float | None = None
     sink_logits: bool = False
@@ -94,7 +96,7 @@ class Rows(NamedTuple):
 def query_positions(problem: Problem, rows: Rows, queries: Any) -> jax.Array:
     """Positions of the queries with indices `queries` [t], as int32 [B or 1, t]."""
     if rows.q_start is not None:
-        return rows.q_start[:, None] + queries[None]
+        return rows.q_start[:, None] + problem.q_stride * queries[None]
     assert problem.q_offset is not None
     start = np.zeros(1, np.int32) if rows.kv_start is None else rows.kv_start
     return jnp.asarray(start + np.int32(problem.q_offset))[:, None] + queries[None]
