@@ -2,7 +2,10 @@
 
 from ringjax._attention import attend, attention, merge
 from ringjax._buffer import RingBuffer, RingExport
+from ringjax._explain import explain
 from ringjax._generation import Generation, generate, last_calculated, prefill
+from ringjax._plot import plot_ring, plot_tiles
+from ringjax._rotary import apply_rotary
 from ringjax._sampling import Sampling, greedy
 from ringjax._state import BufferState, RingBufferConfig, decode, encode, init_state
 from ringjax._training import chunked_value_and_grad
@@ -18,15 +21,19 @@ __all__ = [
     "RingExport",
     "Sampling",
     "Window",
+    "apply_rotary",
     "attend",
     "attention",
     "chunked_value_and_grad",
     "decode",
     "encode",
+    "explain",
     "generate",
     "greedy",
     "init_state",
     "last_calculated",
     "merge",
+    "plot_ring",
+    "plot_tiles",
     "prefill",
 ]

@@ -87,7 +87,20 @@ class RingBuffer:
           ValueError: a size below 1, a window without a left bound, a negative slack.
           TypeError: an argument of the wrong kind.
         """
-        call = "RingBuffer.empty"
+        return cls._empty("RingBuffer.empty", batch, kv_heads, head_dim, window, slack, value_dim, dtype)
+
+    @classmethod
+    def _empty(
+        cls,
+        call: str,
+        batch: Any,
+        kv_heads: Any,
+        head_dim: Any,
+        window: Any,
+        slack: Any,
+        value_dim: Any,
+        dtype: Any,
+    ) -> "RingBuffer":
         batch = _inputs.as_int(call, "batch", batch, least=1)
         kv_heads = _inputs.as_int(call, "kv_heads", kv_heads, least=1)
         head_dim = _inputs.as_int(call, "head_dim", head_dim, least=1)
@@ -100,9 +113,7 @@ class RingBuffer:
                 "memory that does not grow cannot hold every key; for full attention give the longest stream's length."
             )
             raise ValueError(_inputs.message(first, hint=hint))
-        dtype = jnp.dtype(dtype)
-        if dtype.name not in _inputs.FLOATS:
-            raise TypeError(f"{call}: dtype must be one of {', '.join(_inputs.FLOATS)}, got {dtype.name}.")
+        dtype = _inputs.as_dtype(call, "dtype", dtype)
         capacity = window.sinks + window.size + slack
         return cls(
             k=jnp.zeros((batch, kv_heads, capacity, head_dim), dtype),
@@ -164,6 +175,8 @@ class RingBuffer:
             invalid: it reads as empty, whatever is appended, until `insert` or `reset` replaces it.
         """
         call = "RingBuffer.rollback"
+        if n is None:
+            raise TypeError(f"{call}: n must be integers, got NoneType.")
         count = _inputs.as_row_integers(call, "n", n, self.k.shape[0], scalar=True)
         assert count is not None
         depth = self.written - self.length + count
@@ -177,18 +190,23 @@ class RingBuffer:
         return dataclasses.replace(self, length=length, written=jnp.where(wrong, _INVALID, self.written))
 
     def select(self, rows: Int[Array, " R"]) -> "RingBuffer":
-        """The ring whose row i is this one's row `rows[i]`: beam search, forks, another batch size."""
-        index = jnp.asarray(rows)
-        if not np.issubdtype(index.dtype, np.integer) or index.ndim != 1:
-            raise ValueError(f"RingBuffer.select: rows must be integers of one axis, got {_inputs.describe(index)}.")
-        _check_rows("RingBuffer.select", index, self.k.shape[0])
+        """The ring whose row i is this one's row `rows[i]`: beam search, forks, another batch size.
+
+        Raises:
+          ValueError: rows of more or less than one axis; outside jit, rows that do not exist.
+          TypeError: rows that are not integers.
+        """
+        index = _inputs.as_index("RingBuffer.select", "rows", rows, axes=1)
+        _check_rows("RingBuffer.select", "rows", index, self.k.shape[0])
         return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), self)
 
     def insert(self, row: int | Int[Array, ""], other: "RingBuffer") -> "RingBuffer":
         """The ring with row `row` (and those after it) replaced by the rows of `other`.
 
         Raises:
-          ValueError: `other` differs in anything but its batch; outside jit, rows that do not exist.
+          ValueError: `other` differs in anything but its batch, or has more rows; outside jit, a row that does not
+            exist.
+          TypeError: an argument of the wrong kind.
         """
         call = "RingBuffer.insert"
         _inputs.check_type(call, "other", other, RingBuffer)
@@ -196,10 +214,11 @@ class RingBuffer:
         if mine != theirs:
             first = f"{call}: both rings must have the same window, slack, heads, dims and dtype."
             raise ValueError(_inputs.message(first, {"ring": _text(self), "other": _text(other)}))
-        index = jnp.asarray(row)
-        if index.ndim != 0 or not np.issubdtype(index.dtype, np.integer):
-            raise ValueError(f"{call}: row must be one integer, got {_inputs.describe(row)}.")
-        _check_rows(call, index, self.k.shape[0] - other.k.shape[0] + 1)
+        if other.k.shape[0] > self.k.shape[0]:
+            first = f"{call}: other must have at most {self.k.shape[0]} rows, got {other.k.shape[0]}."
+            raise ValueError(_inputs.message(first, {"ring": _text(self), "other": _text(other)}))
+        index = _inputs.as_index(call, "row", row, axes=0)
+        _check_rows(call, "row", index, self.k.shape[0] - other.k.shape[0] + 1)
         return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0), self, other)
 
     def reset(self, rows: Array | None = None) -> "RingBuffer":
@@ -239,19 +258,29 @@ class RingBuffer:
         k, v, positions, length = (jnp.asarray(x) for x in exported)
         _inputs.check_array(call, "exported.k", k, "B C K H")
         _inputs.check_array(call, "exported.v", v, "B C K Hv")
-        ring = cls.empty(
-            k.shape[0], k.shape[2], k.shape[3], window, slack=slack, value_dim=v.shape[3], dtype=dtype or k.dtype
-        )
+        batch, slots, kv_heads, head_dim = k.shape
+        for name, x, wanted in (
+            ("v", v, (batch, slots, kv_heads, v.shape[3])),
+            ("positions", positions, (batch, slots)),
+            ("length", length, (batch,)),
+        ):
+            if x.shape != wanted:
+                first = f"{call}: exported.{name} must have shape {list(wanted)}, got {_inputs.describe(x)}."
+                raise ValueError(_inputs.message(first, {"exported.k": _inputs.describe(k)}))
+        dtype = k.dtype if dtype is None else dtype
+        ring = cls._empty(call, batch, kv_heads, head_dim, window, slack, v.shape[3], dtype)
         around = ring.capacity - window.sinks
         fits = (positions >= 0) & ((positions < window.sinks) | (positions >= length[:, None] - around))
-        slots = slot_of_position(jnp.maximum(positions, 0), sinks=window.sinks, capacity=ring.capacity)
-        ring = _scatter(ring, k, v, jnp.where(fits, slots, NOTHING))
+        into = slot_of_position(jnp.maximum(positions, 0), sinks=window.sinks, capacity=ring.capacity)
+        ring = _scatter(ring, k, v, jnp.where(fits, into, NOTHING))
         # A token that was lost counts as overwritten, which bounds how far the new ring can be rolled back.
         held = jnp.sort(jnp.where(positions < 0, _INVALID, positions), axis=1)
         pinned = jnp.arange(held.shape[1], dtype=jnp.int32)[None] < jnp.minimum(window.sinks, length)[:, None]
         index = jnp.arange(held.shape[1], dtype=jnp.int32)[None]
         lost_sinks = (pinned & (held != index)).any(1) | (jnp.minimum(window.sinks, length) > held.shape[1])
-        oldest = jnp.min(jnp.where(held >= window.sinks, held, _INVALID), axis=1)
+        # Of the tokens that another ring had pinned, those cut off from the newest by a gap do not count.
+        unbroken = held == (length - (held != _INVALID).sum(1, dtype=jnp.int32))[:, None] + index
+        oldest = jnp.min(jnp.where(unbroken & (held >= window.sinks), held, _INVALID), axis=1)
         oldest = jnp.minimum(oldest, jnp.maximum(length, window.sinks))
         written = jnp.where(oldest > window.sinks, jnp.maximum(length, oldest + around), length)
         lost = lost_sinks | (written - length > slack)
@@ -273,11 +302,11 @@ def _text(ring: RingBuffer) -> str:
     return f"{_inputs.describe(ring.k)}{values}, {ring.window}{slack}"
 
 
-def _check_rows(call: str, rows: Any, count: int) -> None:
+def _check_rows(call: str, name: str, rows: Any, count: int) -> None:
     if _inputs.is_concrete(rows):
         values = np.asarray(rows)
         if ((values < 0) | (values >= count)).any():
-            raise ValueError(f"{call}: rows must be between 0 and {count - 1}, got {values.tolist()}.")
+            raise ValueError(f"{call}: {name} must be between 0 and {count - 1}, got {values.tolist()}.")
 
 
 def _check_tokens(call: str, ring: RingBuffer, k: Any, v: Any) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 
 FLOATS = ("float32", "bfloat16", "float16")
 
+_INT32 = np.iinfo(np.int32)
+
 
 def describe(x: Any) -> str:
     """An array as `bfloat16[2, 4, 8, 64]`; anything else by its type."""
@@ -64,6 +66,54 @@ def as_positive(call: str, name: str, value: Any) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{call}: {name} must be finite and above 0, got {value}.")
     return float(value)
+
+
+def as_dtype(call: str, name: str, value: Any) -> Any:
+    """One of the dtypes that keys and values may have."""
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FLOATS:
+        got = repr(value) if dtype is None else dtype.name
+        raise TypeError(f"{call}: {name} must be one of {', '.join(FLOATS)}, got {got}.")
+    return dtype
+
+
+def as_list(call: str, name: str, value: Any) -> list[Any]:
+    """Several arrays, from whatever holds them."""
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{call}: {name} must be a list of arrays, got {describe(value)}.") from None
+
+
+def as_index(call: str, name: str, value: Any, axes: int) -> jax.Array:
+    """Integers that number rows, as an array: one of them (`axes` = 0) or a list (`axes` = 1)."""
+    rule = f"{name} must be " + ("one integer" if axes == 0 else "integers of one axis")
+    integers, got = _integers(call, rule, value)
+    if integers.ndim != axes:
+        raise ValueError(f"{call}: {rule}, got {got}.")
+    check_int32(call, name, integers)
+    return jnp.asarray(integers, jnp.int32)
+
+
+def _integers(call: str, rule: str, value: Any) -> tuple[Any, str]:
+    """An int array, from one or from Python's ints and lists of them; and its description."""
+    shaped, got = value, describe(value)
+    if isinstance(value, list | tuple) and is_concrete(*value):
+        try:
+            shaped = np.asarray(value)
+            got = describe(shaped)
+        except ValueError:  # lists of unequal lengths
+            shaped = value
+    elif isinstance(value, list | tuple):
+        shaped = jnp.asarray(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        shaped = np.asarray(value)
+    if not hasattr(shaped, "dtype") or not np.issubdtype(shaped.dtype, np.integer):
+        raise TypeError(f"{call}: {rule}, got {got}.")
+    return shaped, got
 
 
 def check_array(call: str, name: str, x: Any, axes: str) -> None:
@@ -130,15 +180,24 @@ def as_row_integers(call: str, name: str, value: Any, batch: int, *, scalar: boo
     """An int32 [B] from an int array [B] (or, if `scalar`, from one integer for all rows); None stays None."""
     if value is None:
         return None
-    shaped = np.asarray(value) if isinstance(value, int | list | tuple | np.generic) else value
-    if isinstance(value, bool) or not hasattr(shaped, "dtype") or not np.issubdtype(shaped.dtype, np.integer):
-        raise TypeError(f"{call}: {name} must be integers, got {describe(value)}.")
-    if scalar and shaped.ndim == 0:
-        return jnp.broadcast_to(jnp.asarray(shaped, jnp.int32)[None], (batch,))
-    if shaped.shape != (batch,):
+    shaped, got = _integers(call, f"{name} must be integers", value)
+    if shaped.shape != (batch,) and not (scalar and shaped.ndim == 0):
         also = "an int or " if scalar else ""
-        raise ValueError(f"{call}: {name} must be {also}int32[{batch}], one per row, got {describe(shaped)}.")
-    return jnp.asarray(shaped, jnp.int32)
+        raise ValueError(f"{call}: {name} must be {also}int32[{batch}], one per row, got {got}.")
+    check_int32(call, name, shaped)
+    row = jnp.asarray(shaped, jnp.int32)
+    return jnp.broadcast_to(row[None], (batch,)) if row.ndim == 0 else row
+
+
+def check_int32(call: str, name: str, values: Any) -> None:
+    """Raises rather than lets a wider integer wrap around; values of at most 32 bits are not looked at."""
+    if not isinstance(values, int) and np.iinfo(values.dtype).max <= _INT32.max:
+        return
+    if is_concrete(values) and np.size(values):
+        least, most = int(np.min(values)), int(np.max(values))
+        if least < _INT32.min or most > _INT32.max:
+            got = f"{least}" if least == most else f"{least} to {most}"
+            raise ValueError(f"{call}: {name} must fit int32, got {got}.")
 
 
 def check_lengths(call: str, lengths: Any, chunk: int) -> None:
@@ -167,4 +226,5 @@ def check_segments(call: str, segment_ids: Any, kv_segment_ids: Any, q: Any, k: 
             raise TypeError(f"{call}: {name} must be integers, got {describe(ids)}.")
         if ids.shape != x.shape[:2]:
             raise ValueError(f"{call}: {name} must have shape {list(x.shape[:2])}, got {describe(ids)}.")
+        check_int32(call, name, ids)
     return jnp.asarray(segment_ids, jnp.int32), jnp.asarray(kv_segment_ids, jnp.int32)

@@ -20,6 +20,7 @@ from ringjax._schedule import key_tiles
 
 name = "xla"
 
+_FAR = 2**30  # farther than any key, near enough for int32 arithmetic
 _MASKED = -1e30  # finite, so that the difference of two masked logits is 0 and not NaN
 
 
@@ -95,24 +96,40 @@ class _Block(NamedTuple):
     k: Array
     v: Array
     mask: Array  # [B or 1, 1, 1, t, s]
+    seen: Array  # [B or 1, 1, 1, t]: queries that see anything in the block
 
 
-def _block(plan: _Plan, k: Array, v: Array, query_tile: Any, nominal: Any, size: int, low: Any) -> _Block:
+def _block(
+    plan: _Plan, k: Array, v: Array, query_tile: Any, nominal: Any, size: int, low: Any, *, pinned: bool = False
+) -> _Block:
     """The block of `size` keys at storage index `nominal`, moved left if it overhangs; indices under `low` are masked.
 
-    What is masked for all queries may hold anything, NaN too, and is set to zero: 0 * NaN is NaN.
+    `pinned`: the block of the sinks. Slots that hold nothing are set to zero, whatever is in them: 0 * NaN is NaN.
     """
     problem, rows = plan.problem, plan.rows
     dtype = _compute_dtype(problem)
     start = jnp.minimum(nominal, problem.keys - size)
     slots = start + jnp.arange(size, dtype=jnp.int32)
     queries = query_tile * plan.sizes.tile_size + jnp.arange(plan.sizes.tile_size, dtype=jnp.int32)
-    at = key_positions(problem, rows, slots)
-    mask = problem.window.visible(query_positions(problem, rows, queries)[:, :, None], at[:, None, :])
-    mask = mask & (slots >= low)[None, None]
-    mask = mask & (queries < problem.queries)[None, :, None]
+    real = (queries < problem.queries)[None]
     if rows.q_length is not None:
-        mask = mask & (queries[None] < rows.q_length[:, None])[:, :, None]
+        real = real & (queries[None] < rows.q_length[:, None])
+    at = query_positions(problem, rows, queries)
+    if problem.is_ring or pinned:
+        keys_at = key_positions(problem, rows, slots)
+        mask = problem.window.visible(at[:, :, None], keys_at[:, None, :])
+        mask = mask & real[:, :, None] & (slots >= low)[None, None]
+    else:
+        # Past the sinks a query sees a run of indices: two comparisons a pair, where `visible` takes six.
+        at = at if rows.kv_start is None else at - rows.kv_start[:, None]
+        first, last = jnp.asarray(low)[None, None], jnp.int32(problem.keys - 1)[None, None]
+        if problem.window.left is not None:
+            first = jnp.maximum(first, at - min(problem.window.left, _FAR))
+        if problem.window.right is not None:
+            last = jnp.minimum(last, at + min(problem.window.right, _FAR))
+        last = jnp.where(real, last, -1)
+        mask = (slots[None, None] >= first[:, :, None]) & (slots[None, None] <= last[:, :, None])
+        seen = jnp.minimum(last, slots[-1:][None]) >= jnp.maximum(first, slots[:1][None])
     if rows.q_segments is not None and rows.kv_segments is not None:
         overhang = -problem.queries % plan.sizes.tile_size
         q_segments = jnp.pad(rows.q_segments, ((0, 0), (0, overhang)), constant_values=-1)
@@ -121,12 +138,14 @@ def _block(plan: _Plan, k: Array, v: Array, query_tile: Any, nominal: Any, size:
         )
         kv_segments = lax.dynamic_slice_in_dim(rows.kv_segments, start, size, axis=1)
         mask = mask & (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments >= 0)[:, None, :]
+    if problem.is_ring or pinned or problem.segments:
+        seen = mask.any(-1)
     k = lax.dynamic_slice_in_dim(k, start, size, axis=2).astype(dtype)
     v = lax.dynamic_slice_in_dim(v, start, size, axis=2).astype(dtype)
     if problem.is_ring:
-        held = (at >= 0)[:, None, :, None]
+        held = (keys_at >= 0)[:, None, :, None]
         k, v = jnp.where(held, k, 0), jnp.where(held, v, 0)
-    return _Block(start, k, v, mask[:, None, None])
+    return _Block(start, k, v, mask[:, None, None], seen[:, None, None])
 
 
 def _logits(problem: Problem, q: Array, block: _Block) -> tuple[Array, Array | None]:
@@ -142,7 +161,7 @@ def _logits(problem: Problem, q: Array, block: _Block) -> tuple[Array, Array | N
 def _visit(plan: _Plan, query_tile: Any, k: Array, v: Array, visit: Callable[[_Block, Any], Any], carry: Any) -> Any:
     """Calls `carry = visit(block, carry)` on each block that a query tile needs: sinks first, then the window."""
     if plan.sinks:
-        carry = visit(_block(plan, k, v, query_tile, 0, plan.sinks, 0), carry)
+        carry = visit(_block(plan, k, v, query_tile, 0, plan.sinks, 0, pinned=True), carry)
         if plan.sinks == plan.problem.keys:
             return carry
     first, end = _key_range(plan, query_tile)
@@ -189,13 +208,22 @@ def _forward(problem: Problem, rows: Rows, q: Array, k: Array, v: Array, sinks: 
         q = (q.astype(jnp.float32) * problem.scale).astype(_compute_dtype(problem))
 
         def attend(block: _Block, carry: Any) -> Any:
-            total, largest, normaliser = carry
+            # A softmax of the block alone, then a merge of few numbers: XLA's CPU backend fuses a plain maximum,
+            # difference and exponential into one vectorised pass, but not with a running maximum in between.
             logits, _ = _logits(problem, q, block)
-            new_largest = jnp.maximum(largest, logits.max(-1))
-            weights = jnp.exp(logits - new_largest[..., None])
-            shrink = jnp.exp(largest - new_largest)
-            added = _product("bkgts,bksh->bkgth", weights.astype(block.v.dtype), block.v)
-            return total * shrink[..., None] + added, new_largest, normaliser * shrink + weights.sum(-1)
+            largest = logits.max(-1, keepdims=True)
+            weights = jnp.exp(logits - largest)
+            largest = largest[..., 0]
+            normaliser = weights.sum(-1)
+            total = _product("bkgts,bksh->bkgth", weights.astype(block.v.dtype), block.v)
+            seen = jnp.broadcast_to(block.seen, largest.shape)
+            if carry is None:
+                return total, largest, normaliser, seen
+            old_total, old_largest, old_normaliser, old_seen = carry
+            both = jnp.maximum(old_largest, largest)
+            old_share, share = jnp.exp(old_largest - both), jnp.exp(largest - both)
+            total = old_total * old_share[..., None] + total * share[..., None]
+            return total, both, old_normaliser * old_share + normaliser * share, old_seen | seen
 
         def visit(block: _Block, carry: Any) -> Any:
             if not _skips(plan):
@@ -203,17 +231,20 @@ def _forward(problem: Problem, rows: Rows, q: Array, k: Array, v: Array, sinks: 
             return lax.cond(block.mask.any(), attend, lambda _, carry: carry, block, carry)
 
         shape = (batch, kv_heads, group, plan.sizes.tile_size)
-        carry = (
-            jnp.zeros((*shape, v.shape[-1]), jnp.float32),
-            jnp.full(shape, _MASKED, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-        )
-        total, largest, normaliser = _visit(plan, query_tile, k, v, visit, carry)
-        empty = largest <= 0.5 * _MASKED
-        lse = jnp.where(empty, -jnp.inf, largest + jnp.log(normaliser))
+        carry = None
+        if _skips(plan) or (plan.blocks > 1 and not plan.sinks):
+            carry = (
+                jnp.zeros((*shape, v.shape[-1]), jnp.float32),
+                jnp.full(shape, _MASKED, jnp.float32),
+                jnp.zeros(shape, jnp.float32),
+                jnp.zeros(shape, bool),
+            )
+        total, largest, normaliser, seen = _visit(plan, query_tile, k, v, visit, carry)
+        # Whether a query saw a key is not read off `largest`: that, too, would break up the fused pass.
+        lse = jnp.where(seen, largest + jnp.log(normaliser), -jnp.inf)
         if sinks is not None:
             normaliser = normaliser + jnp.exp(sinks[..., None] - largest)
-        out = jnp.where(empty[..., None], 0.0, total / normaliser[..., None])
+        out = jnp.where(seen[..., None], total / normaliser[..., None], 0.0)
         return None, (out, lse)
 
     if problem.queries == plan.sizes.tile_size:
