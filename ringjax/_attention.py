@@ -434,10 +434,10 @@ def merge(outs: Any, lses: Any, *, return_lse: bool = False) -> Any:
     empty = total == 0.0
     safe = jnp.where(empty, 1.0, total)
     out = jnp.zeros(outs[0].shape, jnp.float32)
-    for share, part in zip(shares, outs, strict=True):
-        weight = jnp.moveaxis(share / safe, 1, 2)[..., None]
-        # A part that saw nothing adds nothing, whatever it holds.
-        out = out + jnp.where(weight > 0, weight * jnp.asarray(part, jnp.float32), 0.0)
+    for share, lse, part in zip(shares, stacked, outs, strict=True):
+        # A part that saw nothing adds nothing, whatever it holds, and 0 * NaN is NaN: in the gradients too.
+        part = jnp.where(jnp.moveaxis(lse == -jnp.inf, 1, 2)[..., None], 0.0, jnp.asarray(part, jnp.float32))
+        out = out + jnp.moveaxis(share / safe, 1, 2)[..., None] * part
     out = out.astype(outs[0].dtype)
     if not return_lse:
         return out

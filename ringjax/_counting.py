@@ -138,6 +138,8 @@ def _ring_slots(plan: Any, rows: list[Row], count: int) -> int:
         for some, _ in _sight(problem, row, plan.sizes.tile_size):
             wanted[at : at + len(some)] |= np.logical_or.reduceat(some, starts, axis=1)
             at += len(some)
+    if xla._reads_whole(plan) and xla._dense(problem, filled):
+        return count * problem.keys
     widths = np.full(len(starts), size)
     if plan.sinks:
         widths[0] = plan.sinks

@@ -1,6 +1,5 @@
 """Prompts in chunks and one jitted loop of decoding steps, for any model."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int
 
 from ringjax import _inputs
 from ringjax._buffer import RingBuffer
-from ringjax._sampling import greedy
+from ringjax._sampling import Sampling, greedy
 from ringjax._state import BufferState
 
 Step = Callable[..., tuple[Any, Any]]
@@ -29,7 +28,7 @@ class Generation(NamedTuple):
     Attributes:
       tokens: int32 [B, max_new_tokens]; after a row's end the end token is repeated.
       lengths: int32 [B], new tokens of each row, the end token included.
-      state: of the model after all but the last new token.
+      state: of the model, after all but the last new token of each row.
     """
 
     tokens: Array
@@ -106,6 +105,28 @@ def _check_prompt(
     return tokens, lengths, size
 
 
+def _check_slack(call: str, state: Any, tokens: Array, lengths: Array | None) -> None:
+    """Outside jit, raises where taking seen tokens back would make a row invalid, that is silently empty."""
+    rings = [node.feedback if isinstance(node, BufferState) else node for node in _rings(state)]
+    counts = [x for ring in rings for x in (ring.length, ring.written)]
+    if not rings or not _inputs.is_concrete(lengths, *counts):
+        return
+    batch, length = tokens.shape
+    ends = np.full(batch, length) if lengths is None else np.asarray(lengths)
+    seen = np.asarray(last_calculated(state, batch)) + 1
+    back = np.maximum(seen - (ends - 1), 0)
+    for ring in rings:
+        depth = np.where(back > 0, np.asarray(ring.written).astype(np.int64) - ring.length + back, 0)
+        if (depth > ring.slack).any():
+            row = int(np.argmax(depth))
+            first = (
+                f"{call}: tokens that end within what was seen need slack of at least {depth[row]}, got {ring.slack}."
+            )
+            facts = {"tokens": ends.tolist(), "seen": seen.tolist()}
+            hint = "the last token runs again for its logits: give the rings slack, or add a token."
+            raise ValueError(_inputs.message(first, facts, hint))
+
+
 def prefill(
     step: Step,
     state: Any,
@@ -132,9 +153,10 @@ def prefill(
 
     Raises:
       ValueError, TypeError: arguments of the wrong kind or shape; rows of different lengths and a step without
-        `lengths`.
+        `lengths`; outside jit, tokens that are to be taken back and rings without the slack for it.
     """
     tokens, lengths, size = _check_prompt("prefill", step, state, tokens, lengths, prefill_size)
+    _check_slack("prefill", state, tokens, lengths)
     if _inputs.is_concrete(*jax.tree.leaves((state, tokens, lengths))):
         return _jitted_prefill(_as_partial(step), state, tokens, lengths, size)
     return _prefill(_as_partial(step), state, tokens, lengths, size)
@@ -212,13 +234,15 @@ def generate(
       donate: whether `state` may be overwritten, which saves a copy of it; it cannot be used afterwards.
 
     Returns:
-      The new tokens, how many of each row count, and the state.
+      The new tokens, how many of each row count, and the state: of each row, after all but its last new token. (A step
+      without `lengths` cannot leave a row out: rows that end before others then go on seeing their end token.)
 
     Raises:
-      ValueError, TypeError: arguments of the wrong kind or shape; no key for a sampling that is not greedy.
+      ValueError, TypeError: as for `prefill`; no key for a sampling that is not greedy.
     """
     call = "generate"
     prompt, lengths, size = _check_prompt(call, step, state, prompt, lengths, prefill_size)
+    _check_slack(call, state, prompt, lengths)
     count = _inputs.as_int(call, "max_new_tokens", max_new_tokens, least=1)
     if sample is not None and not callable(sample):
         raise TypeError(f"{call}: sample must be a function (logits, key) -> tokens, got {type(sample).__name__}.")
@@ -229,7 +253,7 @@ def generate(
         key = jax.random.key(0)
     end = None if eos is None else jnp.int32(_inputs.as_int(call, "eos", eos, least=0))
     # A Sampling is a pytree; any other function travels as the static part of one.
-    drawn = sample if dataclasses.is_dataclass(sample) else _as_partial(sample or greedy)
+    drawn = sample if isinstance(sample, Sampling) else _as_partial(sample or greedy)
     run: Callable[..., Generation] = _jitted_donating if donate else _jitted
     if not _inputs.is_concrete(*jax.tree.leaves((state, prompt, lengths, key))):
         run = _generate
@@ -270,13 +294,16 @@ def _generate(
 
     def body(carry: Any) -> Any:
         i, state, token, tokens, new_lengths, done = carry
-        logits, state = step(token[:, None], state)
+        options = {"lengths": jnp.where(done, 0, 1)} if pads else {}
+        logits, state = step(token[:, None], state, **options)
         new_lengths = new_lengths + jnp.where(done, 0, 1)
         token, done = draw(logits[:, -1], i, done, token)
         tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         return i + 1, state, token, tokens, new_lengths, done
 
     carry = (jnp.int32(1), state, token, tokens, new_lengths, done)
+    # A row that has ended is padding: it writes nothing, and its state can be continued.
+    pads = eos is not None and _takes_lengths(step)
     _, state, _, tokens, new_lengths, _ = lax.while_loop(unfinished, body, carry)
     return Generation(tokens, new_lengths, state)
 

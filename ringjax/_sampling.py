@@ -21,9 +21,9 @@ class Sampling:
 
     Attributes:
       temperature: above 0; the smaller, the greedier.
-      top_k: keep the k likeliest tokens (Fan et al., 2018); None: all.
+      top_k: keep the k likeliest tokens, and those that tie with the last of them (Fan et al., 2018); None: all.
       top_p: keep the fewest likeliest tokens whose probabilities reach p, 0 < p <= 1 (nucleus sampling, Holtzman et
-        al., 2020), after `top_k`; None: all.
+        al., 2020), and those that tie with the last of them, after `top_k`; None: all.
 
     Raises:
       ValueError, TypeError: a field out of its range or of the wrong kind.
@@ -44,7 +44,10 @@ class Sampling:
 
     def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
         """Tokens int32 [B]."""
-        logits = jnp.asarray(logits, jnp.float32) / jnp.asarray(self.temperature, jnp.float32)
+        logits = jnp.asarray(logits, jnp.float32)
+        # From the largest down, or else tiny temperatures divide several of them to infinity.
+        temperature = jnp.maximum(jnp.asarray(self.temperature, jnp.float32), jnp.finfo(jnp.float32).tiny)
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -52,7 +55,9 @@ class Sampling:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             shares = jax.nn.softmax(ordered, axis=-1)
             # A token stays if those before it do not reach p yet; the first always does.
-            stays = jnp.cumsum(shares, axis=-1) - shares < jnp.asarray(self.top_p, jnp.float32)
+            top_p = jnp.asarray(self.top_p, jnp.float32)
+            # In float32 the sum reaches 1 before the last token does.
+            stays = (jnp.cumsum(shares, axis=-1) - shares < top_p) | (top_p >= 1)
             least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

@@ -193,6 +193,9 @@ def encode(
         return (ring if requires_grad else _without_gradient(ring)), out
 
     _inputs.check_qkv(call, q, k, v)
+    # Here, because a chunk is cut out of whatever there is.
+    texts = {"q": _inputs.describe(q), "k": _inputs.describe(k)}
+    _inputs.check_agree(call, "length", {"q": (q.shape[1], texts["q"]), "k": (k.shape[1], texts["k"])})
     size, length = config.prefill_size, q.shape[1]
     if not config.causal or length <= size:
         ring, out = chunk(ring, q, k, v, lengths)
@@ -249,7 +252,7 @@ def decode(
 
     Raises:
       ValueError: outside jit, a position beyond `last_calculated + 1`, below 0, or farther back than the slack;
-        inside jit such a row's feedback ring becomes invalid and reads as empty.
+        or a row that such a position made invalid inside jit: there it raises nothing, and the row's outputs are 0.
       ValueError, TypeError, NotImplementedError: as for `attend`.
     """
     call = "decode"
@@ -284,6 +287,10 @@ def decode(
 def _check_position(call: str, at: np.ndarray, state: BufferState) -> None:
     last, written = np.asarray(state.last_calculated), np.asarray(state.feedback.written)
     facts = {"position": at.tolist(), "last_calculated": last.tolist()}
+    if not (valid := np.asarray(state.feedback.valid)).all():
+        first = f"{call}: every row must be valid, got row {int(np.argmin(valid))} lost inside jit."
+        hint = "a position too far forward or back made the row empty; `select` other rows, or begin anew."
+        raise ValueError(_inputs.message(first, facts, hint))
     if (at < 0).any():
         raise ValueError(_inputs.message(f"{call}: position must be at least 0, got {at.min()}.", facts))
     if (at > last + 1).any():

@@ -58,44 +58,41 @@ def chunked_value_and_grad(
         state, values = lax.scan(jax.checkpoint(one), state, jnp.arange(chunks, dtype=jnp.int32))
         return values.sum(), state
 
-    def rest(params: Any, state: Any, inputs: Any, length: int) -> tuple[Array, Any]:
-        return loss(params, _chunk(inputs, length - length % size, length % size), state)
+    def whole(params: Any, state: Any, inputs: Any, start: int) -> tuple[Array, Any]:
+        """The loss of all that is left from token `start` on, the last, shorter chunk included."""
+        length = _length(call, inputs)
+        total, chunks = jnp.zeros((), jnp.float32), (length - start) // size
+        if chunks:
+            total, state = stream(params, state, inputs, start, chunks)
+        if short := length % size:
+            value, state = loss(params, _chunk(inputs, length - short, short), state)
+            total = total + value
+        return total, state
 
     def exact(params: Any, state: Any, inputs: Any) -> Any:
-        length = _length(call, inputs)
-
-        def whole(params: Any) -> tuple[Array, Any]:
-            total, end = jnp.zeros((), jnp.float32), state
-            if length >= size:
-                total, end = stream(params, end, inputs, 0, length // size)
-            if length % size:
-                value, end = rest(params, end, inputs, length)
-                total = total + value
-            return total, end
-
-        return jax.value_and_grad(whole, has_aux=True)(params)
+        return jax.value_and_grad(whole, has_aux=True)(params, state, inputs, 0)
 
     def truncated(params: Any, state: Any, inputs: Any) -> Any:
         assert cut is not None
         length = _length(call, inputs)
-        chunks = length // size
+        span = cut * size
 
-        def segment(carry: Any, start: Any, chunks: int) -> Any:
+        def add(carry: Any, part: Any, *arguments: Any) -> Any:
             total, state, gradients = carry
-            grad = jax.value_and_grad(lambda p: stream(p, state, inputs, start, chunks), has_aux=True)
-            (value, state), more = grad(params)
+            (value, state), more = jax.value_and_grad(part, has_aux=True)(params, state, inputs, *arguments)
             return total + value, state, jax.tree.map(jnp.add, gradients, more)
 
         carry = (jnp.zeros((), jnp.float32), state, jax.tree.map(jnp.zeros_like, params))
-        starts = jnp.arange(chunks // cut, dtype=jnp.int32) * (cut * size)
-        carry, _ = lax.scan(lambda c, start: (segment(c, start, cut), None), carry, starts)
-        if chunks % cut:
-            carry = segment(carry, (chunks - chunks % cut) * size, chunks % cut)
+
+        def segment(carry: Any, _: None) -> Any:
+            start, carry = carry
+            return (start + span, add(carry, stream, start, cut)), None
+
+        # The start is counted, not listed: a list would grow with the stream.
+        (_, carry), _ = lax.scan(segment, (jnp.int32(0), carry), None, length=length // span)
+        if length % span:
+            carry = add(carry, whole, length - length % span)
         total, state, gradients = carry
-        if length % size:
-            grad = jax.value_and_grad(lambda p: rest(p, state, inputs, length), has_aux=True)
-            (value, state), more = grad(params)
-            total, gradients = total + value, jax.tree.map(jnp.add, gradients, more)
         return (total, state), gradients
 
     return exact if cut is None else truncated

@@ -7,6 +7,7 @@ the rest. Inside this file queries are [B, K, G, T, H], keys and values [B, K, S
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ringjax._schedule import key_tiles
 
 name = "xla"
 
+_MANY_ROWS = 64  # queries times group from which a CPU's cache is filled by one head
 _FAR = 2**30  # farther than any key, near enough for int32 arithmetic
 _MASKED = -1e30  # finite, so that the difference of two masked logits is 0 and not NaN
 
@@ -84,9 +86,26 @@ def _compute_dtype(problem: Problem) -> Any:
     return jnp.float32 if problem.platform == "cpu" else jnp.result_type(problem.q_dtype, problem.kv_dtype)
 
 
-def _product(subscripts: str, a: Array, b: Array) -> Array:
+def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Batched product of [B, K, ..., i, j] by contraction of the axes -2 or -1 of each, in float32.
+
+    One batch axis, one row axis, one contracted axis: with more, XLA's CPU backend writes out a transposed copy.
+    """
+
+    def flat(x: Array) -> Array:
+        batch, kv_heads, *rows, last = x.shape
+        return x.reshape(batch * kv_heads, math.prod(rows), last)
+
+    dimensions = (((contract[0] % 3,), (contract[1] % 3,)), ((0,), (0,)))
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(flat(a), flat(b), dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+class _Tile(NamedTuple):
+    """One step of the outer loop."""
+
+    query_tile: Any
+    head: tuple[Any, Any] | None  # the row and kv head that it is about; None: all of them
 
 
 class _Block(NamedTuple):
@@ -99,18 +118,42 @@ class _Block(NamedTuple):
     seen: Array  # [B or 1, 1, 1, t]: queries that see anything in the block
 
 
+def _cut(x: Array, tile: _Tile, start: Any, size: int) -> Array:
+    """`size` keys of all heads, or of the tile's own, from a storage index on."""
+    if tile.head is not None:
+        return lax.dynamic_slice(x, (*tile.head, start, jnp.int32(0)), (1, 1, size, x.shape[3]))
+    return x if size == x.shape[2] else lax.dynamic_slice_in_dim(x, start, size, axis=2)
+
+
+def _add(total: Array, part: Array, tile: _Tile, start: Any) -> Array:
+    """`total` with `part` added where `_cut` would take it from."""
+    part = part + _cut(total, tile, start, part.shape[2])
+    first = (jnp.int32(0), jnp.int32(0)) if tile.head is None else tile.head
+    return lax.dynamic_update_slice(total, part, (*first, start, jnp.int32(0)))
+
+
 def _block(
-    plan: _Plan, k: Array, v: Array, query_tile: Any, nominal: Any, size: int, low: Any, *, pinned: bool = False
+    plan: _Plan,
+    tile: _Tile,
+    k: Array,
+    v: Array,
+    nominal: Any,
+    size: int,
+    low: Any,
+    *,
+    pinned: bool = False,
+    clean: bool = True,
 ) -> _Block:
     """The block of `size` keys at storage index `nominal`, moved left if it overhangs; indices under `low` are masked.
 
-    `pinned`: the block of the sinks. Slots that hold nothing are set to zero, whatever is in them: 0 * NaN is NaN.
+    `pinned`: the block has the sinks. `clean`: slots of a ring that hold nothing are set to zero, whatever is in them,
+    since 0 * NaN is NaN.
     """
     problem, rows = plan.problem, plan.rows
     dtype = _compute_dtype(problem)
     start = jnp.minimum(nominal, problem.keys - size)
     slots = start + jnp.arange(size, dtype=jnp.int32)
-    queries = query_tile * plan.sizes.tile_size + jnp.arange(plan.sizes.tile_size, dtype=jnp.int32)
+    queries = tile.query_tile * plan.sizes.tile_size + jnp.arange(plan.sizes.tile_size, dtype=jnp.int32)
     real = (queries < problem.queries)[None]
     if rows.q_length is not None:
         real = real & (queries[None] < rows.q_length[:, None])
@@ -133,24 +176,22 @@ def _block(
     if rows.q_segments is not None and rows.kv_segments is not None:
         overhang = -problem.queries % plan.sizes.tile_size
         q_segments = jnp.pad(rows.q_segments, ((0, 0), (0, overhang)), constant_values=-1)
-        q_segments = lax.dynamic_slice_in_dim(
-            q_segments, query_tile * plan.sizes.tile_size, plan.sizes.tile_size, axis=1
-        )
+        first = tile.query_tile * plan.sizes.tile_size
+        q_segments = lax.dynamic_slice_in_dim(q_segments, first, plan.sizes.tile_size, axis=1)
         kv_segments = lax.dynamic_slice_in_dim(rows.kv_segments, start, size, axis=1)
         mask = mask & (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments >= 0)[:, None, :]
     if problem.is_ring or pinned or problem.segments:
         seen = mask.any(-1)
-    k = lax.dynamic_slice_in_dim(k, start, size, axis=2).astype(dtype)
-    v = lax.dynamic_slice_in_dim(v, start, size, axis=2).astype(dtype)
-    if problem.is_ring:
-        held = (keys_at >= 0)[:, None, :, None]
-        k, v = jnp.where(held, k, 0), jnp.where(held, v, 0)
+    k, v = _cut(k, tile, start, size).astype(dtype), _cut(v, tile, start, size).astype(dtype)
+    if problem.is_ring and clean:
+        read = mask.any(1)[:, None, :, None]
+        k, v = jnp.where(read, k, 0), jnp.where(read, v, 0)
     return _Block(start, k, v, mask[:, None, None], seen[:, None, None])
 
 
 def _logits(problem: Problem, q: Array, block: _Block) -> tuple[Array, Array | None]:
     """Scaled, capped, masked logits, and the derivative of the cap."""
-    logits = _product("bkgth,bksh->bkgts", q, block.k)
+    logits = _product(q, block.k, (-1, -1)).reshape(*q.shape[:4], -1)
     slope = None
     if problem.softcap is not None:
         capped = jnp.tanh(logits / problem.softcap)
@@ -158,18 +199,18 @@ def _logits(problem: Problem, q: Array, block: _Block) -> tuple[Array, Array | N
     return jnp.where(block.mask, logits, _MASKED), slope
 
 
-def _visit(plan: _Plan, query_tile: Any, k: Array, v: Array, visit: Callable[[_Block, Any], Any], carry: Any) -> Any:
-    """Calls `carry = visit(block, carry)` on each block that a query tile needs: sinks first, then the window."""
+def _visit(plan: _Plan, tile: _Tile, k: Array, v: Array, visit: Callable[[_Block, Any], Any], carry: Any) -> Any:
+    """Calls `carry = visit(block, carry)` on each block that a tile needs: sinks first, then the window."""
     if plan.sinks:
-        carry = visit(_block(plan, k, v, query_tile, 0, plan.sinks, 0, pinned=True), carry)
+        carry = visit(_block(plan, tile, k, v, 0, plan.sinks, 0, pinned=True), carry)
         if plan.sinks == plan.problem.keys:
             return carry
-    first, end = _key_range(plan, query_tile)
+    first, end = _key_range(plan, tile.query_tile)
     size = plan.sizes.block_size
 
     def step(i: Any, carry: Any) -> Any:
         low = first + i * size
-        return visit(_block(plan, k, v, query_tile, low, size, low), carry)
+        return visit(_block(plan, tile, k, v, low, size, low), carry)
 
     if plan.blocks == 1:
         return step(0, carry)
@@ -181,85 +222,171 @@ def _skips(plan: _Plan) -> bool:
     return plan.problem.queries > 1 and (plan.problem.is_ring or (plan.problem.segments and plan.blocks > 1))
 
 
-def _over_query_tiles(plan: _Plan, f: Callable[[Any, Any, Any], Any], carry: Any, per_tile: Any) -> Any:
-    """Scans `carry, out = f(query_tile, carry, arrays)` over tiles of the T axis (the fourth) of each array."""
-    queries, tile = plan.problem.queries, plan.sizes.tile_size
-    count = -(-queries // tile)
+def _reads_whole(plan: _Plan) -> bool:
+    """Whether a ring may be read in one pass: few queries, and no copy of it in another dtype."""
+    problem = plan.problem
+    as_it_is = jnp.dtype(problem.kv_dtype) == _compute_dtype(problem)
+    return problem.is_ring and as_it_is and problem.queries * problem.group < _MANY_ROWS
+
+
+def _dense(problem: Problem, filled: Any) -> Any:
+    """Whether a ring with `filled` slots in use is read in one pass: a small one always."""
+    return filled > 0 if problem.keys <= 512 else 2 * filled >= problem.keys
+
+
+def _whole_or_blocks(plan: _Plan, whole: Callable[[], Any], blocks: Callable[[], Any]) -> Any:
+    """Reads a ring that is half full in one pass, without a copy of any part of it; else, block by block.
+
+    The pass may meet NaN or infinity in slots that hold nothing, and then shows NaN; the blocks, which are cleaned,
+    say whether a query really saw one. A cut or cleaned block is a copy, so they are small.
+    """
+    _, end = _key_range(plan, 0)
+    # Under a branch, so that XLA does not fuse the ring's update into the product, which would read a copy of it.
+    shapes = jax.eval_shape(whole)
+
+    def later() -> Any:
+        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if x.dtype == jnp.float32 else 0, x.dtype), shapes)
+
+    found = lax.cond(_dense(plan.problem, end), whole, later)
+    return lax.cond(jnp.isnan(found[0]).any(), blocks, lambda: found)
+
+
+def _head_by_head(problem: Problem) -> bool:
+    # On a CPU one head's tile fills the cache and both cores; all heads at once only spill it. A few rows don't.
+    return problem.platform == "cpu" and problem.queries * problem.group >= _MANY_ROWS
+
+
+def _over_tiles(plan: _Plan, f: Callable[[_Plan, _Tile, Any, Any], Any], carry: Any, per_query: Any) -> Any:
+    """Scans `carry, out = f(plan, tile, carry, arrays)` over the tiles of arrays [B, K, G, T, ...].
+
+    A tile holds some queries of all heads; or, head by head, of a few query heads of one kv head, with B = K = 1.
+    """
+    problem, size = plan.problem, plan.sizes.tile_size
+    count = -(-problem.queries // size)
+    heads = plan.sizes.head_tile_size if _head_by_head(problem) else problem.group
+    apart = (problem.batch, problem.kv_heads, problem.group // heads) if _head_by_head(problem) else ()
+    together = (1, 1, heads) if apart else (problem.batch, problem.kv_heads, heads)
+    if not apart and count == 1:
+        return f(plan, _Tile(jnp.int32(0), None), carry, per_query)
 
     def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, count * tile - queries) if axis == 3 else (0, 0) for axis in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:3], count, tile, *x.shape[4:]), 3, 0)
+        x = jnp.pad(x, [(0, count * size - problem.queries) if axis == 3 else (0, 0) for axis in range(x.ndim)])
+        x = (
+            x.reshape(*apart, heads, count, size, *x.shape[4:])
+            if apart
+            else x.reshape(*together, count, size, *x.shape[4:])
+        )
+        x = jnp.moveaxis(x, 4 if apart else 3, 3 if apart else 0)
+        return x.reshape(-1, *together, size, *x.shape[6 if apart else 5 :])
 
     def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 3)
-        return x.reshape(*x.shape[:3], count * tile, *x.shape[5:])[:, :, :, :queries]
+        rest = x.shape[5:]
+        x = x.reshape(*apart, count, heads, size, *rest) if apart else x
+        x = jnp.moveaxis(x, 3 if apart else 0, 4 if apart else 3)
+        return x.reshape(problem.batch, problem.kv_heads, problem.group, count * size, *rest)[
+            :, :, :, : problem.queries
+        ]
 
-    tiles = jnp.arange(count, dtype=jnp.int32)
-    carry, out = lax.scan(lambda c, x: f(x[0], c, x[1]), carry, (tiles, jax.tree.map(cut, per_tile)))
+    def step(carry: Any, x: Any) -> Any:
+        i, arrays = x
+        if not apart:
+            return f(plan, _Tile(i, None), carry, arrays)
+        per_head = apart[2] * count
+        row, head = i // (apart[1] * per_head), i // per_head % apart[1]
+        rows = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1), plan.rows)
+        return f(plan._replace(rows=rows), _Tile(i % count, (row, head)), carry, arrays)
+
+    tiles = jnp.arange(math.prod(apart) * count, dtype=jnp.int32)
+    carry, out = lax.scan(step, carry, (tiles, jax.tree.map(cut, per_query)))
     return carry, jax.tree.map(join, out)
 
 
-def _forward(problem: Problem, rows: Rows, q: Array, k: Array, v: Array, sinks: Array | None) -> tuple[Array, Array]:
-    """Output in float32 and lse of queries [B, K, G, T, H]; sink logits are [B or 1, K, G]."""
-    plan = _plan(problem, rows)
-    batch, kv_heads, group = q.shape[:3]
+def forward(
+    problem: Problem, rows: Rows, q: Array, k: Array, v: Array, sink_logits: Array | None
+) -> tuple[Array, Array]:
+    """Output [B, T, N, value_dim] in `out_dtype` and lse [B, N, T] in float32."""
+    plan, heads = _plan(problem, rows), _heads(problem, q)
+    k, v = (k, v) if problem.is_ring else (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
+    sinks = None
+    if sink_logits is not None:
+        sinks = sink_logits.astype(jnp.float32).reshape(1, problem.kv_heads, problem.group, 1)
+        sinks = jnp.broadcast_to(sinks, heads.shape[:4])
 
-    def tile(query_tile: Any, _: None, q: Array) -> tuple[None, tuple[Array, Array]]:
+    def tile(plan: _Plan, tile: _Tile, _: None, arrays: Any) -> tuple[None, tuple[Array, Array]]:
+        q, sinks = arrays
         q = (q.astype(jnp.float32) * problem.scale).astype(_compute_dtype(problem))
+        total, largest, normaliser, seen = _attend(plan, tile, q, k, v)
+        # Whether a query saw a key is not read off `largest`: that would break up the fused pass that makes it.
+        lse = jnp.where(seen, largest + jnp.log(normaliser), -jnp.inf)
+        if sinks is not None:
+            normaliser = normaliser + jnp.exp(sinks - largest)
+        out = jnp.where(seen[..., None], total / normaliser[..., None], 0.0)
+        return None, (out.astype(problem.out_dtype), lse)
 
-        def attend(block: _Block, carry: Any) -> Any:
-            # A softmax of the block alone, then a merge of few numbers: XLA's CPU backend fuses a plain maximum,
-            # difference and exponential into one vectorised pass, but not with a running maximum in between.
-            logits, _ = _logits(problem, q, block)
-            largest = logits.max(-1, keepdims=True)
-            weights = jnp.exp(logits - largest)
-            largest = largest[..., 0]
-            normaliser = weights.sum(-1)
-            total = _product("bkgts,bksh->bkgth", weights.astype(block.v.dtype), block.v)
-            seen = jnp.broadcast_to(block.seen, largest.shape)
-            if carry is None:
-                return total, largest, normaliser, seen
-            old_total, old_largest, old_normaliser, old_seen = carry
-            both = jnp.maximum(old_largest, largest)
-            old_share, share = jnp.exp(old_largest - both), jnp.exp(largest - both)
-            total = old_total * old_share[..., None] + total * share[..., None]
-            return total, both, old_normaliser * old_share + normaliser * share, old_seen | seen
+    _, (out, lse) = _over_tiles(plan, tile, None, (heads, sinks))
+    return _ungrouped(out), lse.reshape(problem.batch, problem.heads, problem.queries)
 
-        def visit(block: _Block, carry: Any) -> Any:
-            if not _skips(plan):
-                return attend(block, carry)
-            return lax.cond(block.mask.any(), attend, lambda _, carry: carry, block, carry)
 
-        shape = (batch, kv_heads, group, plan.sizes.tile_size)
+def _attend(plan: _Plan, tile: _Tile, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Array]:
+    """The weighted sum of values, the largest logit, the sum of weights, and whether anything was seen."""
+
+    def attend(block: _Block, carry: Any) -> Any:
+        # A softmax of the block alone, then a merge of few numbers: XLA's CPU backend fuses a plain maximum,
+        # difference and exponential into one vectorised pass, but not with a running maximum in between.
+        logits, _ = _logits(plan.problem, q, block)
+        largest = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        largest = largest[..., 0]
+        normaliser = weights.sum(-1)
+        total = _product(weights.astype(block.v.dtype), block.v, (-1, -2)).reshape(*largest.shape, -1)
+        seen = jnp.broadcast_to(block.seen, largest.shape)
+        if carry is None:
+            return total, largest, normaliser, seen
+        old_total, old_largest, old_normaliser, old_seen = carry
+        both = jnp.maximum(old_largest, largest)
+        old_share, share = jnp.exp(old_largest - both), jnp.exp(largest - both)
+        total = old_total * old_share[..., None] + total * share[..., None]
+        return total, both, old_normaliser * old_share + normaliser * share, old_seen | seen
+
+    def visit(block: _Block, carry: Any) -> Any:
+        if not _skips(plan):
+            return attend(block, carry)
+        return lax.cond(block.mask.any(), attend, lambda _, carry: carry, block, carry)
+
+    def whole() -> Any:
+        return attend(_block(plan, tile, k, v, 0, plan.problem.keys, 0, pinned=True, clean=False), None)
+
+    def blocks() -> Any:
         carry = None
         if _skips(plan) or (plan.blocks > 1 and not plan.sinks):
+            shape = q.shape[:4]
             carry = (
                 jnp.zeros((*shape, v.shape[-1]), jnp.float32),
                 jnp.full(shape, _MASKED, jnp.float32),
                 jnp.zeros(shape, jnp.float32),
                 jnp.zeros(shape, bool),
             )
-        total, largest, normaliser, seen = _visit(plan, query_tile, k, v, visit, carry)
-        # Whether a query saw a key is not read off `largest`: that, too, would break up the fused pass.
-        lse = jnp.where(seen, largest + jnp.log(normaliser), -jnp.inf)
-        if sinks is not None:
-            normaliser = normaliser + jnp.exp(sinks[..., None] - largest)
-        out = jnp.where(seen[..., None], total / normaliser[..., None], 0.0)
-        return None, (out, lse)
+        return _visit(plan, tile, k, v, visit, carry)
 
-    if problem.queries == plan.sizes.tile_size:
-        return tile(jnp.int32(0), None, q)[1]
-    return _over_query_tiles(plan, tile, None, q)[1]
+    return _whole_or_blocks(plan, whole, blocks) if _reads_whole(plan) else blocks()
 
 
-def _backward(
+def backward(
     problem: Problem, rows: Rows, q: Array, k: Array, v: Array, g: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array]:
-    """Cotangents of q, k, v in float32, by five matrix products a tile (FlashAttention-2, Dao, 2023)."""
-    plan = _plan(problem, rows)
-    dtype = _compute_dtype(problem)
+    """Cotangents of q, k and v, by five matrix products a tile (FlashAttention-2, Dao, 2023).
 
-    def tile(query_tile: Any, carry: Any, arrays: Any) -> Any:
+    Args:
+      problem, rows, q, k, v: as given to `forward`.
+      g: [B, T, N, value_dim], cotangent of the output.
+      lse: [B, N, T], natural logarithm of the whole denominator, sink logits included.
+      delta: [B, N, T], what to subtract from each weight's cotangent (see `_attention.py`).
+    """
+    plan, dtype = _plan(problem, rows), _compute_dtype(problem)
+    heads = _heads(problem, q)
+    k_heads, v_heads = (k, v) if problem.is_ring else (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
+
+    def tile(plan: _Plan, tile: _Tile, carry: Any, arrays: Any) -> Any:
         q, g, lse, delta = arrays
         scaled = (q.astype(jnp.float32) * problem.scale).astype(dtype)
         g = g.astype(dtype)
@@ -268,14 +395,14 @@ def _backward(
         def gradients(block: _Block) -> tuple[Array, Array, Array]:
             logits, slope = _logits(problem, scaled, block)
             weights = jnp.exp(logits - lse[..., None])
-            d_logits = weights * (_product("bkgth,bksh->bkgts", g, block.v) - delta[..., None])
+            d_logits = weights * (_product(g, block.v, (-1, -1)).reshape(logits.shape) - delta[..., None])
             if slope is not None:
                 d_logits = d_logits * slope
             weights, d_logits = weights.astype(dtype), d_logits.astype(dtype)
             return (
-                _product("bkgts,bksh->bkgth", d_logits, block.k),
-                _product("bkgts,bkgth->bksh", d_logits, scaled),
-                _product("bkgts,bkgth->bksh", weights, g),
+                _product(d_logits, block.k, (-1, -2)).reshape(q.shape),
+                _product(d_logits, scaled, (-2, -2)).reshape(block.k.shape),
+                _product(weights, g, (-2, -2)).reshape(block.v.shape),
             )
 
         def visit(block: _Block, carry: Any) -> Any:
@@ -286,20 +413,17 @@ def _backward(
                 dq_, dk_, dv_ = lax.cond(block.mask.any(), gradients, lambda _: nothing, block)
             else:
                 dq_, dk_, dv_ = gradients(block)
-            return dq + dq_, _add_at(dk, dk_, block.start), _add_at(dv, dv_, block.start)
+            return dq + dq_, _add(dk, dk_, tile, block.start), _add(dv, dv_, tile, block.start)
 
-        dq = jnp.zeros(q.shape, jnp.float32)
-        dq, *carry = _visit(plan, query_tile, k, v, visit, (dq, *carry))
-        return tuple(carry), dq * problem.scale
+        dq, *carry = _visit(plan, tile, k_heads, v_heads, visit, (jnp.zeros(q.shape, jnp.float32), *carry))
+        return tuple(carry), (dq * problem.scale).astype(problem.q_dtype)
 
-    carry = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    (dk, dv), dq = _over_query_tiles(plan, tile, carry, (q, g, lse, delta))
-    return dq, dk, dv
-
-
-def _add_at(total: Array, part: Array, start: Any) -> Array:
-    old = lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2)
-    return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=2)
+    carry = (jnp.zeros(k_heads.shape, jnp.float32), jnp.zeros(v_heads.shape, jnp.float32))
+    per_query = (heads, _heads(problem, g), lse.reshape(heads.shape[:4]), delta.reshape(heads.shape[:4]))
+    (dk, dv), dq = _over_tiles(plan, tile, carry, per_query)
+    if not problem.is_ring:
+        dk, dv = jnp.moveaxis(dk, 1, 2), jnp.moveaxis(dv, 1, 2)
+    return _ungrouped(dq), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _heads(problem: Problem, x: Array) -> Array:
@@ -312,93 +436,3 @@ def _ungrouped(x: Array) -> Array:
     """[B, K, G, T, ...] to [B, T, N, ...]."""
     x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
     return jnp.moveaxis(x, 2, 1)
-
-
-def _head_by_head(problem: Problem) -> bool:
-    # On a CPU one head's tile fills the cache and both cores; all heads at once only spill it. A few rows don't.
-    return problem.platform == "cpu" and problem.queries * problem.group >= 64
-
-
-def _map_heads(problem: Problem, f: Callable[..., Any], rows: Rows, grouped: Any, per_kv_head: Any) -> Any:
-    """Calls `f(rows, grouped, per_kv_head)` for each row and each tile of the heads of a kv head, in turn.
-
-    `grouped` are arrays [B, K, G, ...], `per_kv_head` [B, K, ...]; `f` gets them with B = K = 1 and G = the head tile.
-    Each output comes back as [B, K, G / head tile, ...], its own leading axes of B = K = 1 taken away.
-    """
-    tile = _plan(problem, rows).sizes.head_tile_size
-    cuts = problem.group // tile
-
-    def one_tile(index: Array) -> Any:
-        b, k, c = index // (problem.kv_heads * cuts), index // cuts % problem.kv_heads, index % cuts
-
-        def pick(x: Array, *at: Any) -> Array:
-            sizes = (1, 1, tile) if len(at) == 3 else (1, 1) if len(at) == 2 else (1,)
-            starts = (*at, *[jnp.int32(0)] * (x.ndim - len(at)))
-            return lax.dynamic_slice(x, starts, (*sizes, *x.shape[len(at) :]))
-
-        return f(
-            jax.tree.map(lambda x: pick(x, b), rows),
-            jax.tree.map(lambda x: pick(x, b, k, c * tile), grouped),
-            jax.tree.map(lambda x: pick(x, b, k), per_kv_head),
-        )
-
-    out = lax.map(one_tile, jnp.arange(problem.batch * problem.kv_heads * cuts, dtype=jnp.int32))
-    return jax.tree.map(lambda x: x.reshape(problem.batch, problem.kv_heads, cuts, *x.shape[3:]), out)
-
-
-def forward(
-    problem: Problem, rows: Rows, q: Array, k: Array, v: Array, sink_logits: Array | None
-) -> tuple[Array, Array]:
-    """Output [B, T, N, value_dim] in `out_dtype` and lse [B, N, T] in float32."""
-    heads = _heads(problem, q)
-    k, v = (k, v) if problem.is_ring else (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
-    sinks = None
-    if sink_logits is not None:
-        sinks = sink_logits.astype(jnp.float32).reshape(1, problem.kv_heads, problem.group)
-        sinks = jnp.broadcast_to(sinks, heads.shape[:3])
-    if _head_by_head(problem):
-
-        def one(rows: Rows, grouped: Any, per_kv_head: Any) -> Any:
-            q, sinks = grouped
-            k, v = per_kv_head
-            out, lse = _forward(problem, rows, q, k, v, sinks)
-            return out.astype(problem.out_dtype), lse
-
-        out, lse = _map_heads(problem, one, rows, (heads, sinks), (k, v))
-        out, lse = out.reshape(*heads.shape[:4], -1), lse.reshape(heads.shape[:4])
-    else:
-        out, lse = _forward(problem, rows, heads, k, v, sinks)
-    return _ungrouped(out.astype(problem.out_dtype)), lse.reshape(problem.batch, problem.heads, problem.queries)
-
-
-def backward(
-    problem: Problem, rows: Rows, q: Array, k: Array, v: Array, g: Array, lse: Array, delta: Array
-) -> tuple[Array, Array, Array]:
-    """Cotangents of q, k and v.
-
-    Args:
-      problem, rows, q, k, v: as given to `forward`.
-      g: [B, T, N, value_dim], cotangent of the output.
-      lse: [B, N, T], natural logarithm of the whole denominator, sink logits included.
-      delta: [B, N, T], what to subtract from each weight's cotangent (see `_attention.py`).
-    """
-    heads, g = _heads(problem, q), _heads(problem, g)
-    lse, delta = lse.reshape(heads.shape[:4]), delta.reshape(heads.shape[:4])
-    k_heads, v_heads = (k, v) if problem.is_ring else (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
-    if _head_by_head(problem):
-
-        def one(rows: Rows, grouped: Any, per_kv_head: Any) -> Any:
-            q, g, lse, delta = grouped
-            k, v = per_kv_head
-            dq, dk, dv = _backward(problem, rows, q, k, v, g, lse, delta)
-            return dq.astype(problem.q_dtype), dk, dv
-
-        dq, dk, dv = _map_heads(problem, one, rows, (heads, g, lse, delta), (k_heads, v_heads))
-        dq = dq.reshape(heads.shape)
-        # The query heads of a group may have been cut into several tiles, each with its share.
-        dk, dv = dk.sum(2), dv.sum(2)
-    else:
-        dq, dk, dv = _backward(problem, rows, heads, k_heads, v_heads, g, lse, delta)
-    if not problem.is_ring:
-        dk, dv = jnp.moveaxis(dk, 1, 2), jnp.moveaxis(dv, 1, 2)
-    return _ungrouped(dq.astype(q.dtype)), dk.astype(k.dtype), dv.astype(v.dtype)
