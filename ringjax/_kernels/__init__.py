@@ -6,10 +6,10 @@ Dispatch is pure: from the static facts of a call to a choice. An implementation
 
 from typing import Any
 
-from ringjax._kernels import xla
+from ringjax._kernels import mosaic, xla
 from ringjax._kernels.problem import Problem
 
-IMPLEMENTATIONS: dict[str, Any] = {module.name: module for module in (xla,)}
+IMPLEMENTATIONS: dict[str, Any] = {module.name: module for module in (mosaic, xla)}
 """By name, fastest first."""
 
 
@@ -25,7 +25,7 @@ def resolve(problem: Problem, call: str, implementation: str | None) -> str:
       ValueError: no implementation has that name.
       NotImplementedError: the named one, or all of them, cannot run the problem; the message says why.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in list(IMPLEMENTATIONS):
         known = ", ".join(repr(name) for name in IMPLEMENTATIONS)
         raise ValueError(f"{call}: implementation must be one of {known} or None, got {implementation!r}.")
     against = reasons_against(problem)

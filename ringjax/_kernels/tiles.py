@@ -2,6 +2,8 @@
 
 from typing import NamedTuple, Protocol
 
+from ringjax._window import Window
+
 
 class TileSizes(Protocol):
     """What has sizes for the tiles, such as a `RingBufferConfig`. None: the implementation's tuned choice."""
@@ -69,9 +71,100 @@ def xla_tiles(tiles: Tiles, *, queries: int, keys: int, group: int, span: int | 
     if tiles.block_size is not None:
         block = tiles.block_size
     elif ring:
-        block = 512
+        # A block is a copy: of a small ring, not a copy of all of it.
+        block = 512 if queries * group >= 64 else max(1, min(512, keys // 4))
     else:
         reach = keys if span is None else min(keys, tile + span - 1)
         runs = -(-reach // 1024) if reach > 1536 else 1
         block = -(-reach // (16 * runs)) * 16
     return XlaTiles(min(block, keys), tile, head_tile)
+
+
+class MosaicForwardTiles(NamedTuple):
+    """Sizes of the Hopper forward kernel.
+
+    Attributes:
+      block_size: keys in a tile.
+      warpgroups: that compute, of 64 queries each.
+      stages: key and value tiles in shared memory.
+      persistent: whether a program takes one query tile after another.
+      heads_inner: whether neighbouring programs have the heads of one query tile, or the query tiles of one head.
+      take_turns: whether the warpgroups take turns at the tensor cores.
+      registers, loader_registers: of each thread of a computing and of the loading warpgroup.
+    """
+
+    block_size: int
+    warpgroups: int = 2
+    stages: int = 2
+    persistent: bool = True
+    heads_inner: bool = True
+    take_turns: bool = True
+    registers: int = 240
+    loader_registers: int = 24
+
+
+def mosaic_forward_tiles(tiles: Tiles, *, head_dim: int, group: int) -> MosaicForwardTiles:
+    """Sizes for the Hopper forward kernel; `head_tile_size` and `tile_size` have no say in it.
+
+    Persistent programs gave 4% at W = 4096 and 10 to 20% at W = 1024, where a program has few tiles to hide its start
+    behind. Blocks of 64 keys cost 15% at head size 128; at 256 no more fit into shared memory. Without a group to share
+    the keys, heads side by side read more than stays in L2: 447 against 472 TFLOP/s on (4, 8192, 16, 16, 128, W 1024),
+    while with a group of four they gain 8% at W = 4096. Turns gave 6% at head sizes 64 and 128, where the exponentials
+    take as long as the products, and cost 3% at 256. (One H200, jax 0.11.2, 2026-11-22.)
+    """
+    largest = 128 if head_dim <= 128 else 64
+    block = largest if tiles.block_size is None else min(largest, max(64, tiles.block_size // 64 * 64))
+    return MosaicForwardTiles(block_size=block, heads_inner=group > 1, take_turns=head_dim <= 128)
+
+
+class MosaicBackwardTiles(NamedTuple):
+    """Sizes of the Hopper backward kernels.
+
+    Attributes:
+      fused: whether one kernel makes dq, dk and dv, or two (three) do.
+      tile_size: queries in a tile that passes by.
+      warpgroups: that compute, of 64 keys each (in the dq kernel, of 64 queries each).
+      q_stages, g_stages: tiles of the queries and of the output's cotangents in shared memory.
+      heads_outer: whether the heads of a group pass one after the other, or all of them tile by tile.
+      descending: whether the query tiles pass by from the last to the first (fused only).
+      dk_with_dv: whether one kernel makes both.
+      dq_block, dq_k_stages, dq_v_stages: of the dq kernel, keys in a tile and tiles in shared memory.
+      registers, loader_registers: of each thread of a computing and of the loading warpgroup.
+    """
+
+    fused: bool = True
+    tile_size: int = 64
+    warpgroups: int = 2
+    q_stages: int = 3
+    g_stages: int = 2
+    heads_outer: bool = False
+    descending: bool = False
+    dk_with_dv: bool = True
+    dq_block: int = 128
+    dq_k_stages: int = 2
+    dq_v_stages: int = 2
+    registers: int = 240
+    loader_registers: int = 24
+
+
+def mosaic_backward_tiles(tiles: Tiles, *, head_dim: int, window: Window, group: int) -> MosaicBackwardTiles:
+    """Sizes for the Hopper backward kernels; shared memory and registers leave the caller's `tiles` no say in them.
+
+    Heads one after the other gave 8% at W = 4096 and cost 3% at W = 1024. The query tiles from last to first gave 4 to
+    5% at W = 1024, cost 1% at W = 4096 and 3% under a causal mask without bound. The fused kernel's float32 dq must be
+    cleared before and cast after: on (1, 16384, 32, 8, 128), forward and backward took 0.91 ms fused and 0.73 ms split
+    at W = 128, 1.16 and 0.97 at W = 256; on B of docs/performance.md, W = 1024, 3% less fused; the bound between them
+    is interpolated. At head size 256 dk and dv do not both fit into the registers, nor a fused kernel into shared
+    memory. (One H200, jax 0.11.2, 2026-11-22.)
+    """
+    wide = window.left is None or window.left >= 2047
+    order = {"heads_outer": wide and group > 1, "descending": not wide}
+    span = None if window.left is None or window.right is None else window.left + window.right + 1
+    fused = span is None or span > (384 if head_dim == 64 else 768)
+    if head_dim == 64:
+        return MosaicBackwardTiles(fused=fused, tile_size=128, **order)
+    if head_dim == 128:
+        return MosaicBackwardTiles(fused=fused, **order)
+    return MosaicBackwardTiles(
+        fused=False, q_stages=2, g_stages=1, dk_with_dv=False, dq_block=64, dq_v_stages=1, **order
+    )
