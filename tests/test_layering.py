@@ -25,7 +25,6 @@ RANKS = {
     "_kernels.problem": 6,
     "_kernels.mosaic_tile": 7,
     "_kernels.xla": 8,  # implementations, side by side: none imports another
-    "_kernels.xla_ring": 8,
     "_kernels.mosaic_forward": 8,
     "_kernels.mosaic_backward": 8,
     "_kernels.mosaic_decode": 8,

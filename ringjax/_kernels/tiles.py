@@ -38,6 +38,10 @@ class Tiles(NamedTuple):
 AUTOMATIC = Tiles()
 
 
+MANY_ROWS = 64
+"""Queries times group from which one head fills a CPU's cache: below, all heads of a ring are read at once."""
+
+
 class XlaTiles(NamedTuple):
     """Tile sizes of the `xla` implementation.
 
@@ -72,7 +76,7 @@ def xla_tiles(tiles: Tiles, *, queries: int, keys: int, group: int, span: int | 
         block = tiles.block_size
     elif ring:
         # A block is a copy: of a small ring, not a copy of all of it.
-        block = 512 if queries * group >= 64 else max(1, min(512, keys // 4))
+        block = 512 if queries * group >= MANY_ROWS else max(1, min(512, keys // 4))
     else:
         reach = keys if span is None else min(keys, tile + span - 1)
         runs = -(-reach // 1024) if reach > 1536 else 1

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ringjax._kernels.problem import Problem, Rows, key_positions, query_positions
-from ringjax._kernels.tiles import XlaTiles, xla_tiles
+from ringjax._kernels.tiles import MANY_ROWS, XlaTiles, xla_tiles
 from ringjax._schedule import key_tiles
 
 name = "xla"
 
-_MANY_ROWS = 64  # queries times group from which a CPU's cache is filled by one head
 _FAR = 2**30  # farther than any key, near enough for int32 arithmetic
 _MASKED = -1e30  # finite, so that the difference of two masked logits is 0 and not NaN
 
@@ -226,7 +225,7 @@ def _reads_whole(plan: _Plan) -> bool:
     """Whether a ring may be read in one pass: few queries, and no copy of it in another dtype."""
     problem = plan.problem
     as_it_is = jnp.dtype(problem.kv_dtype) == _compute_dtype(problem)
-    return problem.is_ring and as_it_is and problem.queries * problem.group < _MANY_ROWS
+    return problem.is_ring and as_it_is and problem.queries * problem.group < MANY_ROWS
 
 
 def _dense(problem: Problem, filled: Any) -> Any:
@@ -241,19 +240,19 @@ def _whole_or_blocks(plan: _Plan, whole: Callable[[], Any], blocks: Callable[[],
     say whether a query really saw one. A cut or cleaned block is a copy, so they are small.
     """
     _, end = _key_range(plan, 0)
-    # Under a branch, so that XLA does not fuse the ring's update into the product, which would read a copy of it.
     shapes = jax.eval_shape(whole)
 
     def later() -> Any:
         return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if x.dtype == jnp.float32 else 0, x.dtype), shapes)
 
+    # Under a branch, so that XLA does not fuse the ring's update into the product, which would read a copy of it.
     found = lax.cond(_dense(plan.problem, end), whole, later)
     return lax.cond(jnp.isnan(found[0]).any(), blocks, lambda: found)
 
 
 def _head_by_head(problem: Problem) -> bool:
     # On a CPU one head's tile fills the cache and both cores; all heads at once only spill it. A few rows don't.
-    return problem.platform == "cpu" and problem.queries * problem.group >= _MANY_ROWS
+    return problem.platform == "cpu" and problem.queries * problem.group >= MANY_ROWS
 
 
 def _over_tiles(plan: _Plan, f: Callable[[_Plan, _Tile, Any, Any], Any], carry: Any, per_query: Any) -> Any:
