@@ -23,7 +23,7 @@ def _stream(report, shape, multiples, effort, note):
     positions = [size if multiple == 1 else multiple * size - min(7, size - 1) for multiple in multiples]
     case = str(shape.replace(queries=effort.tokens))
     new = rings.tokens(shape, effort.tokens, seed=99)
-    calls, details, ours = {}, {}, []
+    calls, before, details, ours = {}, {}, {}, []
 
     def add(build, position):
         note(f"{group}: filling to {position}: {shape}")
@@ -36,11 +36,13 @@ def _stream(report, shape, multiples, effort, note):
             return None
         temp = None if decoder.executable is None else temp_bytes(decoder.executable)
         calls[decoder.name], details[decoder.name] = decoder.advance, (error, temp)
+        if decoder.before is not None:
+            before[decoder.name] = decoder.before
         return decoder
 
+    build = rings.ours(shape, new, positions)
     for position in positions:
-        name = "ringjax" if position == positions[0] else f"ringjax at {position}"
-        decoder = add(lambda chunks, name=name: rings.ours(shape, chunks, new, name=name), position)
+        decoder = add(lambda chunks, position=position: build(position, chunks), position)
         if decoder is not None:
             ours.append(decoder)
     for layout in rings.PLAIN:
@@ -51,7 +53,7 @@ def _stream(report, shape, multiples, effort, note):
         add(lambda chunks: rings.huggingface(shape, chunks, new), positions[0])
 
     note(f"{group}: timing {shape}")
-    times = interleaved(calls, rounds=effort.decode_rounds, turn_s=effort.turn_s)
+    times = interleaved(calls, rounds=effort.decode_rounds, turn_s=effort.turn_s, before=before)
     times = {name: timing.scaled(1 / effort.tokens) for name, timing in times.items()}
     for name, timing in times.items():
         report.timing(group, case, PASS, name, timing, *details[name])

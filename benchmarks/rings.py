@@ -33,11 +33,13 @@ class Decoder(NamedTuple):
       name: as it stands in tables.
       advance: decodes the tokens that it was built for once more; outputs [n, B, 1, N, H].
       executable: what XLA compiled for it, if it did.
+      before: what puts the stream where it is to be timed, if something must.
     """
 
     name: str
     advance: Callable[[], Any]
     executable: Any = None
+    before: Callable[[], Any] | None = None
 
 
 def tokens(shape, count, seed):
@@ -56,9 +58,7 @@ def history(shape, position, seed):
         yield rng.standard_normal(chunk, np.float32), rng.standard_normal(chunk, np.float32)
 
 
-def scanned(attend, tokens, state, donated=True):
-    """Executable and `advance()` of a loop `attend(q, k, v, state) -> (out, state)` over the tokens, state in place."""
-
+def _run(attend):
     def run(state, q, k, v):
         def step(state, token):
             out, state = attend(*token, state)
@@ -66,8 +66,13 @@ def scanned(attend, tokens, state, donated=True):
 
         return lax.scan(step, state, (q, k, v))
 
+    return run
+
+
+def scanned(attend, tokens, state, donated=True):
+    """Executable and `advance()` of a loop `attend(q, k, v, state) -> (out, state)` over the tokens, state in place."""
     arguments = tokens[:3]
-    executable = compile_for(run, state, *arguments, donate=(0,) if donated else ())
+    executable = compile_for(_run(attend), state, *arguments, donate=(0,) if donated else ())
     held = [state]
     del state
 
@@ -78,12 +83,15 @@ def scanned(attend, tokens, state, donated=True):
     return executable, advance
 
 
-def ours(shape, chunks, tokens, implementation=None, name="ringjax"):
-    """ringjax: `attend` in a scan over its own ring."""
-    ring = rj.RingBuffer.empty(shape.batch, shape.kv_heads, shape.head_dim, shape.window, dtype=jnp.float32)
+def ours(shape, tokens, positions, implementation=None):
+    """ringjax: `attend` in a scan over its own ring.
+
+    Returns:
+      `build(position, chunks)`, which gives the decoder at one of the positions from the history before it. All of
+      them share one ring, in the same memory, and one executable: what differs in their times is the position.
+    """
+    empty = rj.RingBuffer.empty(shape.batch, shape.kv_heads, shape.head_dim, shape.window, dtype=jnp.float32)
     append = jax.jit(lambda ring, k, v: ring.append(k, v), donate_argnums=0)
-    for k, v in chunks:
-        ring = append(ring, k, v)
 
     def attend(q, k, v, ring):
         return rj.attend(
@@ -96,8 +104,31 @@ def ours(shape, chunks, tokens, implementation=None, name="ringjax"):
             implementation=implementation,
         )
 
-    executable, advance = scanned(attend, tokens, ring)
-    return Decoder(name, advance, executable)
+    # The ring that is given up lends its memory to the one that is restored.
+    restore = jax.jit(
+        lambda ring, exported: rj.RingBuffer.restore(exported, shape.window), donate_argnums=0, keep_unused=True
+    )
+    executable = compile_for(_run(attend), empty, *tokens[:3], donate=(0,))
+    held = [empty]
+    del empty
+
+    def advance():
+        held[0], out = executable(held[0], *tokens[:3])
+        return out
+
+    def build(position, chunks):
+        held[0] = held[0].reset()
+        for k, v in chunks:
+            held[0] = append(held[0], k, v)
+        exported = held[0].export()
+
+        def seek():
+            held[0] = jax.block_until_ready(restore(held[0], exported))
+
+        name = "ringjax" if position == positions[0] else f"ringjax at {position}"
+        return Decoder(name, advance, executable, seek)
+
+    return build
 
 
 PLAIN = ("BWKH", "BKWH", "XWH")

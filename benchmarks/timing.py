@@ -31,19 +31,27 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], *, rounds: int, turn_s: float = 0.2, most: int = 20
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    turn_s: float = 0.2,
+    most: int = 20,
+    before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Timing]:
     """Times calls in rounds: in each, every call in turn, again and again until `turn_s` or `most` runs are spent.
 
     A call must have been run before (compiled, checked). Its jax arrays are waited for; anything else it must have
-    waited for itself.
+    waited for itself. `before` has what to do before each run of some of them; it must wait too, and is not timed.
     """
+    before = before or {}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             time.sleep(0.02)  # another library's threads stop spinning
             spent, runs = 0.0, 0
             while runs == 0 or (spent < turn_s and runs < most):
+                if name in before:
+                    before[name]()
                 start = time.perf_counter()
                 jax.block_until_ready(call())
                 took = time.perf_counter() - start

@@ -3,7 +3,7 @@
 Work is O(T (W + tile)) and temporaries are O(T): no array of T x S ever exists, forward or backward. For each tile of
 queries, blocks of keys between the first and the last visible one go through an online softmax (Milakov and
 Gimelshein, 2018; FlashAttention, Dao et al., 2022). The keys' storage is cut in two: where the pinned sinks are, and
-the rest. Inside this file queries are [B, K, G, T, H], keys and values [B, K, S, H].
+the rest. Inside a tile queries are [B, K, G, t, H], keys and values [B, K, s, H].
 """
 
 import dataclasses
@@ -82,7 +82,10 @@ def _key_range(plan: _Plan, query_tile: Any) -> tuple[Any, Any]:
 
 def _compute_dtype(problem: Problem) -> Any:
     # CPUs have no fast product of 16-bit numbers; elsewhere the products take them as they are.
-    return jnp.float32 if problem.platform == "cpu" else jnp.result_type(problem.q_dtype, problem.kv_dtype)
+    if problem.platform == "cpu":
+        return jnp.float32
+    # Every 8-bit number is one of 16 bits too.
+    return jnp.result_type(problem.q_dtype, problem.q_dtype if problem.quantised else problem.kv_dtype)
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -115,20 +118,31 @@ class _Block(NamedTuple):
     v: Array
     mask: Array  # [B or 1, 1, 1, t, s]
     seen: Array  # [B or 1, 1, 1, t]: queries that see anything in the block
+    k_scale: Array | None = None  # [B, K, 1, 1, s]: factors of the logits
+    v_scale: Array | None = None  # [B, K, 1, 1, s]: factors of the weights
 
 
-def _cut(x: Array, tile: _Tile, start: Any, size: int) -> Array:
-    """`size` keys of all heads, or of the tile's own, from a storage index on."""
-    if tile.head is not None:
-        return lax.dynamic_slice(x, (*tile.head, start, jnp.int32(0)), (1, 1, size, x.shape[3]))
-    return x if size == x.shape[2] else lax.dynamic_slice_in_dim(x, start, size, axis=2)
+def _cut(plan: _Plan, x: Array, tile: _Tile, start: Any, size: int) -> Array:
+    """`size` keys of all heads, or of the tile's own, from a storage index on, as [B, K, size, H]."""
+    if tile.head is None:
+        return x if size == x.shape[2] else lax.dynamic_slice_in_dim(x, start, size, axis=2)
+    row, head = tile.head
+    if plan.problem.is_ring:
+        return lax.dynamic_slice(x, (row, head, start, jnp.int32(0)), (1, 1, size, x.shape[3]))
+    x = lax.dynamic_slice(x, (row, start, head, jnp.int32(0)), (1, size, 1, x.shape[3]))
+    return x.reshape(1, 1, size, x.shape[3])
 
 
-def _add(total: Array, part: Array, tile: _Tile, start: Any) -> Array:
+def _add(plan: _Plan, total: Array, part: Array, tile: _Tile, start: Any) -> Array:
     """`total` with `part` added where `_cut` would take it from."""
-    part = part + _cut(total, tile, start, part.shape[2])
-    first = (jnp.int32(0), jnp.int32(0)) if tile.head is None else tile.head
-    return lax.dynamic_update_slice(total, part, (*first, start, jnp.int32(0)))
+    part = part + _cut(plan, total, tile, start, part.shape[2])
+    if tile.head is None:
+        return lax.dynamic_update_slice_in_dim(total, part, start, axis=2)
+    row, head = tile.head
+    if plan.problem.is_ring:
+        return lax.dynamic_update_slice(total, part, (row, head, start, jnp.int32(0)))
+    part = part.reshape(1, part.shape[2], 1, part.shape[3])
+    return lax.dynamic_update_slice(total, part, (row, start, head, jnp.int32(0)))
 
 
 def _block(
@@ -162,7 +176,7 @@ def _block(
         mask = problem.window.visible(at[:, :, None], keys_at[:, None, :])
         mask = mask & real[:, :, None] & (slots >= low)[None, None]
     else:
-        # Past the sinks a query sees a run of indices: two comparisons a pair, where `visible` takes six.
+        # Past the sinks a query sees a run of indices: one comparison a pair, where `visible` takes six.
         at = at if rows.kv_start is None else at - rows.kv_start[:, None]
         first, last = jnp.asarray(low)[None, None], jnp.int32(problem.keys - 1)[None, None]
         if problem.window.left is not None:
@@ -170,7 +184,9 @@ def _block(
         if problem.window.right is not None:
             last = jnp.minimum(last, at + min(problem.window.right, _FAR))
         last = jnp.where(real, last, -1)
-        mask = (slots[None, None] >= first[:, :, None]) & (slots[None, None] <= last[:, :, None])
+        # Unsigned, an index before the run is far behind its end.
+        count = jnp.maximum(last - first + 1, 0).astype(jnp.uint32)
+        mask = (slots[None, None] - first[:, :, None]).astype(jnp.uint32) < count[:, :, None]
         seen = jnp.minimum(last, slots[-1:][None]) >= jnp.maximum(first, slots[:1][None])
     if rows.q_segments is not None and rows.kv_segments is not None:
         overhang = -problem.queries % plan.sizes.tile_size
@@ -181,16 +197,28 @@ def _block(
         mask = mask & (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_segments >= 0)[:, None, :]
     if problem.is_ring or pinned or problem.segments:
         seen = mask.any(-1)
-    k, v = _cut(k, tile, start, size).astype(dtype), _cut(v, tile, start, size).astype(dtype)
+    k, v = _cut(plan, k, tile, start, size).astype(dtype), _cut(plan, v, tile, start, size).astype(dtype)
     if problem.is_ring and clean:
         read = mask.any(1)[:, None, :, None]
         k, v = jnp.where(read, k, 0), jnp.where(read, v, 0)
-    return _Block(start, k, v, mask[:, None, None], seen[:, None, None])
+    scales = [None if x is None else _cut_scale(x, tile, mask, start, size) for x in (rows.k_scale, rows.v_scale)]
+    return _Block(start, k, v, mask[:, None, None], seen[:, None, None], *scales)
+
+
+def _cut_scale(scale: Array, tile: _Tile, mask: Array, start: Any, size: int) -> Array:
+    """Of a scale [B, K, C], the block's part as [B, K, 1, 1, size]; 0 where no query sees the key."""
+    if tile.head is None:
+        scale = lax.dynamic_slice_in_dim(scale, start, size, axis=2)
+    else:  # of the row alone already
+        scale = lax.dynamic_slice(scale, (jnp.int32(0), tile.head[1], start), (1, 1, size))
+    return jnp.where(mask.any(1)[:, None], scale, 0.0)[:, :, None, None]
 
 
 def _logits(problem: Problem, q: Array, block: _Block) -> tuple[Array, Array | None]:
     """Scaled, capped, masked logits, and the derivative of the cap."""
     logits = _product(q, block.k, (-1, -1)).reshape(*q.shape[:4], -1)
+    if block.k_scale is not None:
+        logits = logits * block.k_scale
     slope = None
     if problem.softcap is not None:
         capped = jnp.tanh(logits / problem.softcap)
@@ -255,61 +283,74 @@ def _head_by_head(problem: Problem) -> bool:
     return problem.platform == "cpu" and problem.queries * problem.group >= MANY_ROWS
 
 
-def _over_tiles(plan: _Plan, f: Callable[[_Plan, _Tile, Any, Any], Any], carry: Any, per_query: Any) -> Any:
-    """Scans `carry, out = f(plan, tile, carry, arrays)` over the tiles of arrays [B, K, G, T, ...].
+def _over_tiles(
+    plan: _Plan, f: Callable[[_Plan, _Tile, Any, Any], Any], carry: Any, per_query: Any, out: Any
+) -> tuple[Any, Any]:
+    """Runs `carry, part of out = f(plan, tile, carry, arrays)` on each tile of arrays [B, T, N, H] and [B, N, T].
 
-    A tile holds some queries of all heads; or, head by head, of a few query heads of one kv head, with B = K = 1.
+    A tile holds some queries of all heads; or, head by head, of a few query heads of one kv head, with B = K = 1. `f`
+    gets and returns [B, K, G, t, H] and [B, K, G, t], cut from the arrays in the loop: a transposed copy of a whole
+    array costs as much as a tenth of the attention.
     """
     problem, size = plan.problem, plan.sizes.tile_size
     count = -(-problem.queries // size)
-    heads = plan.sizes.head_tile_size if _head_by_head(problem) else problem.group
-    apart = (problem.batch, problem.kv_heads, problem.group // heads) if _head_by_head(problem) else ()
-    together = (1, 1, heads) if apart else (problem.batch, problem.kv_heads, heads)
-    if not apart and count == 1:
-        return f(plan, _Tile(jnp.int32(0), None), carry, per_query)
+    apart = _head_by_head(problem)
+    heads = plan.sizes.head_tile_size if apart else problem.group
+    kv_heads, batch = (1, 1) if apart else (problem.kv_heads, problem.batch)
+    wide = (batch, kv_heads, heads)  # of a tile
 
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, count * size - problem.queries) if axis == 3 else (0, 0) for axis in range(x.ndim)])
-        x = (
-            x.reshape(*apart, heads, count, size, *x.shape[4:])
-            if apart
-            else x.reshape(*together, count, size, *x.shape[4:])
-        )
-        x = jnp.moveaxis(x, 4 if apart else 3, 3 if apart else 0)
-        return x.reshape(-1, *together, size, *x.shape[6 if apart else 5 :])
+    def cut(x: Array, row: Any, head: Any, first: Any) -> Array:
+        rest = x.shape[3:]
+        at = (row, first, head, jnp.int32(0)) if rest else (row, head, first)
+        shape = (batch, size, kv_heads * heads, *rest) if rest else (batch, kv_heads * heads, size)
+        x = x if x.shape == shape else lax.dynamic_slice(x, at, shape)
+        return (jnp.moveaxis(x, 1, 2) if rest else x).reshape(*wide, size, *rest)
 
-    def join(x: Array) -> Array:
-        rest = x.shape[5:]
-        x = x.reshape(*apart, count, heads, size, *rest) if apart else x
-        x = jnp.moveaxis(x, 3 if apart else 0, 4 if apart else 3)
-        return x.reshape(problem.batch, problem.kv_heads, problem.group, count * size, *rest)[
-            :, :, :, : problem.queries
-        ]
+    def put(x: Array, part: Array, row: Any, head: Any, first: Any) -> Array:
+        rest = x.shape[3:]
+        part = part.reshape(batch, kv_heads * heads, size, *rest)
+        part = jnp.moveaxis(part, 2, 1) if rest else part
+        if part.shape == x.shape:
+            return part
+        return lax.dynamic_update_slice(x, part, (row, first, head, jnp.int32(0)) if rest else (row, head, first))
 
-    def step(carry: Any, x: Any) -> Any:
-        i, arrays = x
-        if not apart:
-            return f(plan, _Tile(i, None), carry, arrays)
-        per_head = apart[2] * count
-        row, head = i // (apart[1] * per_head), i // per_head % apart[1]
-        rows = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1), plan.rows)
-        return f(plan._replace(rows=rows), _Tile(i % count, (row, head)), carry, arrays)
+    def step(i: Any, carry: Any) -> Any:
+        carry, out = carry
+        row, head, tile, narrow = jnp.int32(0), jnp.int32(0), _Tile(i, None), plan
+        if apart:
+            i, tiles = i % count, i // count
+            row, head = tiles // (problem.heads // heads), tiles % (problem.heads // heads) * heads
+            rows = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1), plan.rows)
+            tile, narrow = _Tile(i, (row, head // problem.group)), plan._replace(rows=rows)
+        carry, parts = f(narrow, tile, carry, jax.tree.map(lambda x: cut(x, row, head, i * size), per_query))
+        return carry, jax.tree.map(lambda x, part: put(x, part, row, head, i * size), out, parts)
 
-    tiles = jnp.arange(math.prod(apart) * count, dtype=jnp.int32)
-    carry, out = lax.scan(step, carry, (tiles, jax.tree.map(cut, per_query)))
-    return carry, jax.tree.map(join, out)
+    def pad(x: Array) -> Array:
+        over = count * size - problem.queries
+        return jnp.pad(x, [(0, over if axis == (2 if x.ndim == 3 else 1) else 0) for axis in range(x.ndim)])
+
+    def unpad(x: Array) -> Array:
+        return x[:, :, : problem.queries] if x.ndim == 3 else x[:, : problem.queries]
+
+    per_query, out = jax.tree.map(pad, (per_query, out))
+    steps = problem.batch * (problem.heads // heads) * count if apart else count
+    if steps == 1:
+        carry, out = step(jnp.int32(0), (carry, out))
+    else:
+        carry, out = lax.fori_loop(0, steps, step, (carry, out))
+    return carry, jax.tree.map(unpad, out)
 
 
 def forward(
     problem: Problem, rows: Rows, q: Array, k: Array, v: Array, sink_logits: Array | None
 ) -> tuple[Array, Array]:
     """Output [B, T, N, value_dim] in `out_dtype` and lse [B, N, T] in float32."""
-    plan, heads = _plan(problem, rows), _heads(problem, q)
-    k, v = (k, v) if problem.is_ring else (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
+    plan = _plan(problem, rows)
+    k, v = _stored(problem, k), _stored(problem, v)
     sinks = None
     if sink_logits is not None:
-        sinks = sink_logits.astype(jnp.float32).reshape(1, problem.kv_heads, problem.group, 1)
-        sinks = jnp.broadcast_to(sinks, heads.shape[:4])
+        sinks = sink_logits.astype(jnp.float32).reshape(1, problem.heads, 1)
+        sinks = jnp.broadcast_to(sinks, (problem.batch, problem.heads, problem.queries))
 
     def tile(plan: _Plan, tile: _Tile, _: None, arrays: Any) -> tuple[None, tuple[Array, Array]]:
         q, sinks = arrays
@@ -322,8 +363,9 @@ def forward(
         out = jnp.where(seen[..., None], total / normaliser[..., None], 0.0)
         return None, (out.astype(problem.out_dtype), lse)
 
-    _, (out, lse) = _over_tiles(plan, tile, None, (heads, sinks))
-    return _ungrouped(out), lse.reshape(problem.batch, problem.heads, problem.queries)
+    out = jnp.zeros((*q.shape[:3], problem.value_dim), problem.out_dtype)
+    lse = jnp.zeros((problem.batch, problem.heads, problem.queries), jnp.float32)
+    return _over_tiles(plan, tile, None, (q, sinks), (out, lse))[1]
 
 
 def _attend(plan: _Plan, tile: _Tile, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array, Array]:
@@ -337,6 +379,8 @@ def _attend(plan: _Plan, tile: _Tile, q: Array, k: Array, v: Array) -> tuple[Arr
         weights = jnp.exp(logits - largest)
         largest = largest[..., 0]
         normaliser = weights.sum(-1)
+        if block.v_scale is not None:
+            weights = weights * block.v_scale
         total = _product(weights.astype(block.v.dtype), block.v, (-1, -2)).reshape(*largest.shape, -1)
         seen = jnp.broadcast_to(block.seen, largest.shape)
         if carry is None:
@@ -382,8 +426,7 @@ def backward(
       delta: [B, N, T], what to subtract from each weight's cotangent (see `_attention.py`).
     """
     plan, dtype = _plan(problem, rows), _compute_dtype(problem)
-    heads = _heads(problem, q)
-    k_heads, v_heads = (k, v) if problem.is_ring else (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
+    keys, values = _stored(problem, k), _stored(problem, v)
 
     def tile(plan: _Plan, tile: _Tile, carry: Any, arrays: Any) -> Any:
         q, g, lse, delta = arrays
@@ -412,26 +455,17 @@ def backward(
                 dq_, dk_, dv_ = lax.cond(block.mask.any(), gradients, lambda _: nothing, block)
             else:
                 dq_, dk_, dv_ = gradients(block)
-            return dq + dq_, _add(dk, dk_, tile, block.start), _add(dv, dv_, tile, block.start)
+            return dq + dq_, _add(plan, dk, dk_, tile, block.start), _add(plan, dv, dv_, tile, block.start)
 
-        dq, *carry = _visit(plan, tile, k_heads, v_heads, visit, (jnp.zeros(q.shape, jnp.float32), *carry))
+        dq, *carry = _visit(plan, tile, keys, values, visit, (jnp.zeros(q.shape, jnp.float32), *carry))
         return tuple(carry), (dq * problem.scale).astype(problem.q_dtype)
 
-    carry = (jnp.zeros(k_heads.shape, jnp.float32), jnp.zeros(v_heads.shape, jnp.float32))
-    per_query = (heads, _heads(problem, g), lse.reshape(heads.shape[:4]), delta.reshape(heads.shape[:4]))
-    (dk, dv), dq = _over_tiles(plan, tile, carry, per_query)
-    if not problem.is_ring:
-        dk, dv = jnp.moveaxis(dk, 1, 2), jnp.moveaxis(dv, 1, 2)
-    return _ungrouped(dq), dk.astype(k.dtype), dv.astype(v.dtype)
+    carry = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
+    (dk, dv), dq = _over_tiles(plan, tile, carry, (q, g, lse, delta), jnp.zeros_like(q))
+    # `_stored` undoes itself.
+    return dq, _stored(problem, dk).astype(k.dtype), _stored(problem, dv).astype(v.dtype)
 
 
-def _heads(problem: Problem, x: Array) -> Array:
-    """[B, T, N, ...] to [B, K, G, T, ...]."""
-    x = jnp.moveaxis(x, 1, 2)
-    return x.reshape(x.shape[0], problem.kv_heads, problem.group, *x.shape[2:])
-
-
-def _ungrouped(x: Array) -> Array:
-    """[B, K, G, T, ...] to [B, T, N, ...]."""
-    x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
-    return jnp.moveaxis(x, 2, 1)
+def _stored(problem: Problem, x: Array) -> Array:
+    """Keys or values as the loops cut them: [B, K, S, H], but linear ones [B, S, K, H] head by head."""
+    return x if problem.is_ring or _head_by_head(problem) else jnp.moveaxis(x, 2, 1)
