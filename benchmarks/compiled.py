@@ -1,12 +1,13 @@
 """What XLA made of a function: the memory it takes beside its inputs and outputs, and the copies in it."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-_RESULT = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = \w+\[([\d,]*)\][^ ]* (copy|copy-start|transpose|concatenate|pad)\(")
+from ringjax import _hlo
+
+_MOVES = {"copy", "copy-start", "transpose", "concatenate", "pad"}
 
 
 def compile_for(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
@@ -26,14 +27,6 @@ def aliased_bytes(executable: Any) -> int:
 
 def large_copies(executable: Any, elements: int) -> list[str]:
     """Instructions, fused ones too, that write at least so many elements only to move them."""
-    found = []
-    for line in executable.as_text().splitlines():
-        result = _RESULT.match(line)
-        if result is None:
-            continue
-        count = 1
-        for size in filter(None, result[1].split(",")):
-            count *= int(size)
-        if count >= elements:
-            found.append(line.strip()[:120])
-    return found
+    lines = (line for body in _hlo.read(executable.as_text()).computations.values() for line in body)
+    moves = (line for line in lines if line.opcode in _MOVES)
+    return [str(line)[:120] for line in moves if any(array.size >= elements for array in line.arrays)]

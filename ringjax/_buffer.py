@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from ringjax import _inputs
+from ringjax import _explicit, _inputs
+from ringjax._quantised import LARGEST, dequantise, is_quantised, quantise
 from ringjax._slots import NOTHING, position_in_slot, slot_of_position
 from ringjax._window import Window
+from ringjax._writing import scatter, write
 
 _INVALID = np.int32(2**31 - 1)  # `written` of a row that was rolled back too far
 
@@ -21,7 +24,7 @@ class RingExport(NamedTuple):
     """What a ring holds, oldest token first, without its storage order.
 
     Attributes:
-      k, v: [B, C, K, H] and [B, C, K, Hv]; zero where there is no token.
+      k, v: [B, C, K, H] and [B, C, K, Hv], of a quantised ring in float32; zero where there is no token.
       positions: int32 [B, C], ascending; -1 (all at the end) where there is no token.
       length: int32 [B], tokens ever appended.
     """
@@ -34,7 +37,7 @@ class RingExport(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "length", "written"],
+    data_fields=["k", "v", "length", "written", "k_scale", "v_scale"],
     meta_fields=["window", "slack"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class RingBuffer:
       written: int32 [B], the largest length so far. Private.
       window: what a query sees.
       slack: how many tokens can be rolled back.
+      k_scale, v_scale: float32 [B, K, C], of a quantised ring, what a slot's numbers are multiplied by; else None.
+        Private.
     """
 
     k: Array
@@ -59,6 +64,8 @@ class RingBuffer:
     written: Array
     window: Window
     slack: int
+    k_scale: Array | None = None
+    v_scale: Array | None = None
 
     @classmethod
     def empty(
@@ -81,7 +88,8 @@ class RingBuffer:
           window: must be bounded on the left.
           slack: spare slots: how many tokens can be rolled back.
           value_dim: H of the values; None: `head_dim`.
-          dtype: float32, bfloat16 or float16.
+          dtype: float32, bfloat16 or float16; or int8 or float8_e4m3fn, with one float32 scale per token and kv head
+            for the keys and one for the values. Such a quantised ring is for inference: no gradient goes through it.
 
         Raises:
           ValueError: a size below 1, a window without a left bound, a negative slack.
@@ -113,8 +121,9 @@ class RingBuffer:
                 "memory that does not grow cannot hold every key; for full attention give the longest stream's length."
             )
             raise ValueError(_inputs.message(first, hint=hint))
-        dtype = _inputs.as_dtype(call, "dtype", dtype)
+        dtype = _inputs.as_dtype(call, "dtype", dtype, also=tuple(LARGEST))
         capacity = window.sinks + window.size + slack
+        scales = [jnp.zeros((batch, kv_heads, capacity)) for _ in range(2)] if is_quantised(dtype) else [None, None]
         return cls(
             k=jnp.zeros((batch, kv_heads, capacity, head_dim), dtype),
             v=jnp.zeros((batch, kv_heads, capacity, value_dim), dtype),
@@ -122,6 +131,8 @@ class RingBuffer:
             written=jnp.zeros(batch, jnp.int32),
             window=window,
             slack=slack,
+            k_scale=scales[0],
+            v_scale=scales[1],
         )
 
     @property
@@ -148,7 +159,7 @@ class RingBuffer:
     def append(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K Hv"], *, lengths: Int[Array, " B"] | None = None
     ) -> "RingBuffer":
-        """The ring after T more tokens per row, of any number, cast to the ring's dtype.
+        """The ring after T more tokens per row, of any number, cast (or quantised) to the ring's dtype.
 
         Args:
           k, v: the tokens' keys and values.
@@ -161,7 +172,7 @@ class RingBuffer:
         _check_tokens(call, self, k, v)
         lengths = _inputs.as_row_integers(call, "lengths", lengths, self.k.shape[0])
         _inputs.check_lengths(call, lengths, k.shape[1])
-        return _append(self, jnp.asarray(k), jnp.asarray(v), lengths)
+        return _explicit.run_like(self, _append, self, jnp.asarray(k), jnp.asarray(v), lengths)
 
     def rollback(self, n: int | Int[Array, " B"]) -> "RingBuffer":
         """The ring before its last n tokens: what the next query saw then, it sees again.
@@ -198,7 +209,11 @@ class RingBuffer:
         """
         index = _inputs.as_index("RingBuffer.select", "rows", rows, axes=1)
         _check_rows("RingBuffer.select", "rows", index, self.k.shape[0])
-        return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), self)
+
+        def take(ring: RingBuffer, index: Array) -> RingBuffer:
+            return jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), ring)
+
+        return _explicit.placed_like(self, _explicit.run_like(self, take, self, index))
 
     def insert(self, row: int | Int[Array, ""], other: "RingBuffer") -> "RingBuffer":
         """The ring with row `row` (and those after it) replaced by the rows of `other`.
@@ -219,7 +234,11 @@ class RingBuffer:
             raise ValueError(_inputs.message(first, {"ring": _text(self), "other": _text(other)}))
         index = _inputs.as_index(call, "row", row, axes=0)
         _check_rows(call, "row", index, self.k.shape[0] - other.k.shape[0] + 1)
-        return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0), self, other)
+
+        def put(ring: RingBuffer, other: RingBuffer, index: Array) -> RingBuffer:
+            return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0), ring, other)
+
+        return _explicit.run_like(self, put, self, other, index)
 
     def reset(self, rows: Array | None = None) -> "RingBuffer":
         """The ring with rows emptied: those where the bool [B] `rows` is True; None: all."""
@@ -235,20 +254,32 @@ class RingBuffer:
         )
 
     def export(self) -> RingExport:
-        """What the ring holds, oldest token first."""
+        """What the ring holds, oldest token first; of a quantised ring, the float32 numbers that are meant."""
         positions = self.positions()
         order = jnp.argsort(jnp.where(positions < 0, _INVALID, positions), axis=1)
         positions = jnp.take_along_axis(positions, order, axis=1)
 
         def logical(x: Array) -> Array:
-            x = jnp.take_along_axis(jnp.moveaxis(x, 1, 2), order[:, :, None, None], axis=1)
-            return jnp.where((positions >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype))
+            rest = (1,) * (x.ndim - 2)
+            x = jnp.take_along_axis(jnp.moveaxis(x, 1, 2), order.reshape(*order.shape, *rest), axis=1)
+            return jnp.where((positions >= 0).reshape(*order.shape, *rest), x, jnp.zeros((), x.dtype))
 
-        return RingExport(logical(self.k), logical(self.v), positions, self.length)
+        k, v = logical(self.k), logical(self.v)
+        if self.k_scale is not None and self.v_scale is not None:
+            k, v = dequantise(k, logical(self.k_scale)), dequantise(v, logical(self.v_scale))
+        # A copy: an export outlives the ring, whose arrays a caller may donate.
+        return RingExport(k, v, positions, jnp.copy(self.length))
 
     @classmethod
     def restore(cls, exported: RingExport, window: Window, *, slack: int = 0, dtype: Any = None) -> "RingBuffer":
         """A ring, of any capacity, that continues the stream of an exported one.
+
+        Args:
+          exported: what `export` gave.
+          window: what a query sees; not more than it saw before.
+          slack: spare slots.
+          dtype: as for `empty`; None: that of the exported keys. A quantised ring, exported and restored into its own
+            dtype, is the same bit for bit.
 
         Raises:
           ValueError: outside jit, the export lacks tokens that `window` still sees. Inside jit such a row is invalid.
@@ -267,12 +298,19 @@ class RingBuffer:
             if x.shape != wanted:
                 first = f"{call}: exported.{name} must have shape {list(wanted)}, got {_inputs.describe(x)}."
                 raise ValueError(_inputs.message(first, {"exported.k": _inputs.describe(k)}))
+        if (mesh := _explicit.mesh_of(exported)) is not None:
+            plain: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v, positions, length)]
+            again = partial(cls.restore, window=window, slack=slack, dtype=dtype)
+            rows, heads = _explicit.rows_and_heads(call, {"exported.k": (k, "BCKH"), "exported.v": (v, "BCKH")})
+            ring = jax.eval_shape(again, RingExport(*plain))
+            results = jax.tree.map(lambda x: P(rows) if x.ndim == 1 else P(rows, heads), ring)
+            return _explicit.run(mesh, results, again, exported)
         dtype = k.dtype if dtype is None else dtype
         ring = cls._empty(call, batch, kv_heads, head_dim, window, slack, v.shape[3], dtype)
         around = ring.capacity - window.sinks
         fits = (positions >= 0) & ((positions < window.sinks) | (positions >= length[:, None] - around))
         into = slot_of_position(jnp.maximum(positions, 0), sinks=window.sinks, capacity=ring.capacity)
-        ring = _scatter(ring, k, v, jnp.where(fits, into, NOTHING))
+        ring = _with_stores(ring, scatter(_stores(ring), _stored(ring, k, v), jnp.where(fits, into, NOTHING)))
         # A token that was lost counts as overwritten, which bounds how far the new ring can be rolled back.
         held = jnp.sort(jnp.where(positions < 0, _INVALID, positions), axis=1)
         pinned = jnp.arange(held.shape[1], dtype=jnp.int32)[None] < jnp.minimum(window.sinks, length)[:, None]
@@ -325,72 +363,38 @@ def _check_tokens(call: str, ring: RingBuffer, k: Any, v: Any) -> None:
         _inputs.check_agree(call, what, {name: (x, texts[name]), "buffer": (mine, texts["buffer"])})
 
 
+def _stores(ring: RingBuffer) -> list[Array]:
+    """The arrays that hold the tokens."""
+    return [x for x in (ring.k, ring.v, ring.k_scale, ring.v_scale) if x is not None]
+
+
+def _with_stores(ring: RingBuffer, stores: list[Array]) -> RingBuffer:
+    k, v, *scales = stores
+    k_scale, v_scale = scales or (None, None)
+    return dataclasses.replace(ring, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+
+
+def _stored(ring: RingBuffer, k: Array, v: Array) -> list[Array]:
+    """Keys and values [B, T, K, ...] as the ring's arrays hold them."""
+    if ring.k_scale is None:
+        return [k.astype(ring.k.dtype), v.astype(ring.v.dtype)]
+    k, k_scale = quantise(k, ring.k.dtype)
+    v, v_scale = quantise(v, ring.v.dtype)
+    return [k, v, k_scale, v_scale]
+
+
+def _as_seen(ring: RingBuffer, k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values [B, T, K, ...] as a query will read them from the ring, in its dtype or, quantised, in theirs."""
+    if ring.k_scale is None:
+        return k.astype(ring.k.dtype), v.astype(ring.v.dtype)
+    k, v = (dequantise(*quantise(x, ring.k.dtype)).astype(x.dtype) for x in (k, v))
+    return k, v
+
+
 def _append(ring: RingBuffer, k: Array, v: Array, lengths: Array | None) -> RingBuffer:
-    chunk = k.shape[1]
-    sinks, capacity = ring.window.sinks, ring.capacity
-    k, v = k.astype(ring.k.dtype), v.astype(ring.v.dtype)
-    added = jnp.full_like(ring.length, chunk) if lengths is None else lengths
-    length = ring.length + added
-    new = dataclasses.replace(ring, length=length, written=jnp.maximum(ring.written, length))
-    if chunk == 0:
+    if k.shape[1] == 0:
         return ring
-    if chunk == 1 and ring.k.shape[0] == 1:
-        return _write_one(new, ring, k, v, lengths)
-    if 2 * chunk >= capacity or chunk > capacity - sinks:
-        return _rewrite(new, ring, k, v)
-    # Only what survives is written: no slot twice, padding nowhere.
-    index = jnp.arange(chunk, dtype=jnp.int32)[None]
-    position = ring.length[:, None] + index
-    kept = index < added[:, None]
-    slots = slot_of_position(position, sinks=sinks, capacity=capacity)
-    return _scatter(new, k, v, jnp.where(kept, slots, NOTHING))
-
-
-def _scatter(ring: RingBuffer, k: Array, v: Array, slots: Array) -> RingBuffer:
-    """Writes token t of row b into slot `slots[b, t]`; nowhere if that is `NOTHING`."""
-    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-    # Every index is different, the dropped ones too, as `unique_indices` promises.
-    beyond = ring.capacity + jnp.arange(slots.shape[1], dtype=jnp.int32)[None]
-    slots = jnp.where(slots < 0, beyond, slots)
-
-    def write(ring: Array, tokens: Array) -> Array:
-        return ring.at[rows, :, slots].set(tokens.astype(ring.dtype), mode="drop", unique_indices=True)
-
-    return dataclasses.replace(ring, k=write(ring.k, k), v=write(ring.v, v))
-
-
-def _write_one(new: RingBuffer, old: RingBuffer, k: Array, v: Array, lengths: Array | None) -> RingBuffer:
-    """One token of a single row: a `dynamic_update_slice`, which XLA does in place in any loop."""
-    slot = slot_of_position(old.length[0], sinks=old.window.sinks, capacity=old.capacity)
-
-    def write(ring: Array, token: Array) -> Array:
-        token = jnp.moveaxis(token, 1, 2)
-        if lengths is not None:
-            before = lax.dynamic_slice_in_dim(ring, slot, 1, axis=2)
-            token = jnp.where(lengths[0] > 0, token, before)
-        return lax.dynamic_update_slice_in_dim(ring, token, slot, axis=2)
-
-    return dataclasses.replace(new, k=write(old.k, k), v=write(old.v, v))
-
-
-def _rewrite(new: RingBuffer, old: RingBuffer, k: Array, v: Array) -> RingBuffer:
-    """A chunk that fills most of the ring: each slot takes the token that is its own now, or keeps what it has."""
-    slots = jnp.arange(new.capacity, dtype=jnp.int32)[None]
-    # As if nothing had ever been rolled back: what a slot holds after the last write to it.
-    holds = position_in_slot(
-        slots,
-        new.length[:, None],
-        new.length[:, None],
-        sinks=new.window.sinks,
-        slack=new.slack,
-        capacity=new.capacity,
-    )
-    index = holds - old.length[:, None]
-    fresh = ((index >= 0) & (holds >= 0))[:, None, :, None]
-    index = jnp.clip(index, 0, k.shape[1] - 1)[:, :, None, None]
-
-    def write(ring: Array, tokens: Array) -> Array:
-        tokens = jnp.moveaxis(jnp.take_along_axis(tokens, index, axis=1), 2, 1)
-        return jnp.where(fresh, tokens, ring)
-
-    return dataclasses.replace(new, k=write(old.k, k), v=write(old.v, v))
+    sizes = {"sinks": ring.window.sinks, "slack": ring.slack}
+    new = _with_stores(ring, write(_stores(ring), _stored(ring, k, v), ring.length, lengths, **sizes))
+    length = ring.length + (k.shape[1] if lengths is None else lengths)
+    return dataclasses.replace(new, length=length, written=jnp.maximum(ring.written, length))

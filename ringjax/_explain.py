@@ -319,7 +319,8 @@ def _ring_sources(problem: Problem, ring: RingBuffer, lengths: Any) -> tuple[str
         return f"{what}, one source: the ring, which holds the new tokens too", [("ring", problem, ring_rows)]
     options: dict[str, Any] = {"sink_logits": False, "out_dtype": "float32"}  # both come after the merge
     linear: dict[str, Any] = {"layout": "linear", "keys": chunk, "slack": 0, "q_offset": 0}
-    of_chunk = dataclasses.replace(problem, **options, **linear, segments=lengths is not None)
+    seen_as = problem.q_dtype if problem.quantised else problem.kv_dtype
+    of_chunk = dataclasses.replace(problem, **options, **linear, kv_dtype=seen_as, segments=lengths is not None)
     if not near:
         path = f"chunk of {chunk} tokens, one source: the chunk, as a query sees its own key only"
         return path, [("chunk", of_chunk, chunk_rows)]
@@ -356,7 +357,8 @@ def _totals(problem: Problem, k: Any, v: Any, window: Window | RingBuffer, asked
     q_item, kv_item = jnp.dtype(p.q_dtype).itemsize, jnp.dtype(k.dtype).itemsize
     queries = p.batch * p.queries * p.heads
     shape = f"q {p.q_dtype}[{p.batch}, {p.queries}, {p.heads}, {p.head_dim}]"
-    token = p.batch * p.kv_heads * (p.head_dim + p.value_dim) * jnp.dtype(p.kv_dtype).itemsize
+    scales = 8 if p.quantised else 0  # two float32
+    token = p.batch * p.kv_heads * ((p.head_dim + p.value_dim) * jnp.dtype(p.kv_dtype).itemsize + scales)
     counters = 8 * p.batch  # length and written, int32
     rows = asked[-1][2]
     if isinstance(window, RingBuffer):

@@ -12,10 +12,10 @@ from jax import Array, lax
 from jax.tree_util import Partial
 from jaxtyping import Float, Int
 
-from ringjax import _inputs
-from ringjax._buffer import RingBuffer
+from ringjax import _explicit, _inputs, _speculative
 from ringjax._sampling import Sampling, greedy
-from ringjax._state import BufferState
+from ringjax._speculative import Draft
+from ringjax._state import BufferState, rings_of, rolled_back
 
 Step = Callable[..., tuple[Any, Any]]
 """`step(tokens, state) -> (logits, state)`: tokens int32 [B, T], logits [B, T, V]; T = 1 in decoding, `prefill_size`
@@ -29,16 +29,15 @@ class Generation(NamedTuple):
       tokens: int32 [B, max_new_tokens]; after a row's end the end token is repeated.
       lengths: int32 [B], new tokens of each row, the end token included.
       state: of the model, after all but the last new token of each row.
+      draft_state: with a draft, its state, after all but the last two; else None.
+      calls: with a draft, int32: how often the model ran after the prompt; else None.
     """
 
     tokens: Array
     lengths: Array
     state: Any
-
-
-def _rings(state: Any) -> list[Any]:
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RingBuffer | BufferState))
-    return [node for node in nodes if isinstance(node, RingBuffer | BufferState)]
+    draft_state: Any = None
+    calls: Any = None
 
 
 def last_calculated(state: Any, batch: int) -> Int[Array, " B"]:
@@ -48,18 +47,11 @@ def last_calculated(state: Any, batch: int) -> Int[Array, " B"]:
       state: any pytree. A `BufferState` counts with its decoder's positions.
       batch: B.
     """
-    seen = [x.last_calculated if isinstance(x, BufferState) else x.length - 1 for x in _rings(state)]
+    seen = [x.last_calculated if isinstance(x, BufferState) else x.length - 1 for x in rings_of(state)]
     least = jnp.full(batch, -1, jnp.int32) if not seen else seen[0]
     for other in seen[1:]:
         least = jnp.minimum(least, other)
     return least
-
-
-def _rolled_back(state: Any, n: Array) -> Any:
-    def back(node: Any) -> Any:
-        return node.rollback(n) if isinstance(node, RingBuffer | BufferState) else node
-
-    return jax.tree.map(back, state, is_leaf=lambda x: isinstance(x, RingBuffer | BufferState))
 
 
 def _takes_lengths(step: Any) -> bool:
@@ -90,7 +82,7 @@ def _check_prompt(
         _inputs.check_lengths(call, lengths, tokens.shape[1])
         if _inputs.is_concrete(lengths) and bool((lengths == 0).any()):
             raise ValueError(f"{call}: every row needs a token to start from, got lengths {lengths.tolist()}.")
-    for ring in _rings(state):
+    for ring in rings_of(state):
         rows = ring.feedback.length if isinstance(ring, BufferState) else ring.length
         if rows.shape != tokens.shape[:1]:
             first = f"{call}: tokens and state must agree on batch, got {tokens.shape[0]} and {rows.shape[0]}."
@@ -107,7 +99,7 @@ def _check_prompt(
 
 def _check_slack(call: str, state: Any, tokens: Array, lengths: Array | None) -> None:
     """Outside jit, raises where taking seen tokens back would make a row invalid, that is silently empty."""
-    rings = [node.feedback if isinstance(node, BufferState) else node for node in _rings(state)]
+    rings = [node.feedback if isinstance(node, BufferState) else node for node in rings_of(state)]
     counts = [x for ring in rings for x in (ring.length, ring.written)]
     if not rings or not _inputs.is_concrete(lengths, *counts):
         return
@@ -173,7 +165,7 @@ def _prefill(step: Partial, state: Any, tokens: Array, lengths: Array | None, si
     ends = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
     seen = last_calculated(state, batch) + 1
     start = jnp.minimum(seen, ends - 1)
-    state = _rolled_back(state, seen - start)
+    state = rolled_back(state, seen - start)
     ragged = _takes_lengths(step)
 
     def run(state: Any, at: Array, size: int) -> tuple[Array, Any, Array]:
@@ -191,7 +183,7 @@ def _prefill(step: Partial, state: Any, tokens: Array, lengths: Array | None, si
         return state, at + size, jnp.where((real > 0)[:, None], new, logits)
 
     shape = jax.eval_shape(partial(run, size=size), state, start)[0]
-    carry = (state, start, jnp.zeros(shape.shape, shape.dtype))
+    carry = (state, start, _explicit.zeros(shape))
     if ragged:
         state, _, logits = lax.while_loop(lambda c: (c[1] < ends).any(), partial(body, size=size), carry)
     else:  # all rows are alike: whole chunks, then what is left, token by token, so that nothing is ever padded
@@ -215,6 +207,7 @@ def generate(
     lengths: Int[Array, " B"] | None = None,
     prefill_size: int = 512,
     donate: bool = False,
+    draft: Draft | None = None,
 ) -> Generation:
     """Continues prompts: `prefill`, then one jitted loop of decoding steps in memory that does not grow.
 
@@ -231,14 +224,18 @@ def generate(
       eos: the token that ends a row; the loop ends when all rows have; None: none.
       lengths: int32 [B], how many tokens of each prompt are real; None: all.
       prefill_size: tokens of a prompt's chunk.
-      donate: whether `state` may be overwritten, which saves a copy of it; it cannot be used afterwards.
+      donate: whether `state` (and the draft's) may be overwritten, which saves a copy; it cannot be used afterwards.
+      draft: a small model. It drafts tokens, the step takes them all in one call, and each row keeps those that are
+        right: greedy tokens are the same as without it, sampled ones are of the same distribution (not the same for
+        the same key). All rings need slack. What else is in a state is not taken back: positions come from the rings.
 
     Returns:
       The new tokens, how many of each row count, and the state: of each row, after all but its last new token. (A step
       without `lengths` cannot leave a row out: rows that end before others then go on seeing their end token.)
 
     Raises:
-      ValueError, TypeError: as for `prefill`; no key for a sampling that is not greedy.
+      ValueError, TypeError: as for `prefill`; no key for a sampling that is not greedy; with a draft, rings without
+        slack for its tokens, a state without a ring, or a `sample` that is neither a `Sampling` nor greedy.
     """
     call = "generate"
     prompt, lengths, size = _check_prompt(call, step, state, prompt, lengths, prefill_size)
@@ -252,12 +249,19 @@ def generate(
             raise ValueError(_inputs.message(first, hint="pass key=jax.random.key(0)."))
         key = jax.random.key(0)
     end = None if eos is None else jnp.int32(_inputs.as_int(call, "eos", eos, least=0))
+    guessing: dict[str, Any] = {}
+    if draft is not None:
+        _speculative.check(call, draft, state, sample)
+        _check_prompt(call, draft.step, draft.state, prompt, lengths, prefill_size)
+        _check_slack(call, draft.state, prompt, lengths)
+        names = ("draft_step", "draft_state", "guesses")
+        guessing = dict(zip(names, (_as_partial(draft.step), draft.state, draft.tokens), strict=True))
     # A Sampling is a pytree; any other function travels as the static part of one.
     drawn = sample if isinstance(sample, Sampling) else _as_partial(sample or greedy)
     run: Callable[..., Generation] = _jitted_donating if donate else _jitted
-    if not _inputs.is_concrete(*jax.tree.leaves((state, prompt, lengths, key))):
+    if not _inputs.is_concrete(*jax.tree.leaves((state, prompt, lengths, key, guessing))):
         run = _generate
-    return run(_as_partial(step), state, prompt, lengths, key, drawn, end, count, size)
+    return run(_as_partial(step), state, prompt, lengths, key, drawn, end, count, size, **guessing)
 
 
 def _generate(
@@ -270,6 +274,9 @@ def _generate(
     eos: Array | None,
     count: int,
     size: int,
+    draft_step: Any = None,
+    draft_state: Any = None,
+    guesses: int = 0,
 ) -> Generation:
     logits, state = _prefill(step, state, prompt, lengths, size)
     batch = prompt.shape[0]
@@ -281,12 +288,28 @@ def _generate(
         token = jnp.where(done, before, token)
         return token, done | (token == eos)
 
-    nobody = jnp.zeros(batch, bool)
-    token, done = draw(logits, 0, nobody, jnp.zeros(batch, jnp.int32))
+    nobody = jnp.zeros_like(logits[:, 0], bool)  # like the logits, so that they lie on a mesh as those do
+    token, done = draw(logits, 0, nobody, jnp.zeros_like(nobody, jnp.int32))
     filler = jnp.int32(0) if eos is None else eos
-    tokens = jnp.full((batch, count), filler, jnp.int32)
+    tokens = jnp.broadcast_to(jnp.full_like(token, filler)[:, None], (batch, count))
     tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], 0, axis=1)
-    new_lengths = jnp.ones(batch, jnp.int32)
+    new_lengths = jnp.ones_like(token)
+    if draft_step is not None:
+        _, draft_state = _prefill(draft_step, draft_state, prompt, lengths, size)
+        ends = jnp.full(batch, prompt.shape[1], jnp.int32) if lengths is None else lengths
+        first = _speculative.Carry(
+            i=jnp.int32(0),
+            state=state,
+            draft_state=rolled_back(draft_state, jnp.ones(batch, jnp.int32)),
+            before=jnp.take_along_axis(prompt, ends[:, None] - 1, axis=1)[:, 0],
+            token=token,
+            tokens=tokens,
+            lengths=new_lengths,
+            done=done | (count == 1),
+        )
+        draft = Draft(draft_step, draft_state, guesses)
+        last = _speculative.loop(step, draft, first, key=key, sample=sample, eos=eos, count=count)
+        return Generation(last.tokens, last.lengths, last.state, last.draft_state, last.i)
 
     def unfinished(carry: Any) -> Array:
         i, _, _, _, _, done = carry
@@ -308,5 +331,6 @@ def _generate(
     return Generation(tokens, new_lengths, state)
 
 
-_jitted = jax.jit(_generate, static_argnames=("count", "size"))
-_jitted_donating = jax.jit(_generate, static_argnames=("count", "size"), donate_argnames="state")
+_STATIC = ("count", "size", "guesses")
+_jitted = jax.jit(_generate, static_argnames=_STATIC)
+_jitted_donating = jax.jit(_generate, static_argnames=_STATIC, donate_argnames=("state", "draft_state"))

@@ -68,15 +68,15 @@ def as_positive(call: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def as_dtype(call: str, name: str, value: Any) -> Any:
-    """One of the dtypes that keys and values may have."""
+def as_dtype(call: str, name: str, value: Any, also: tuple[str, ...] = ()) -> Any:
+    """One of the dtypes that keys and values may have, `also` included."""
     try:
         dtype = None if value is None else jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is None or dtype.name not in FLOATS:
+    if dtype is None or dtype.name not in (*FLOATS, *also):
         got = repr(value) if dtype is None else dtype.name
-        raise TypeError(f"{call}: {name} must be one of {', '.join(FLOATS)}, got {got}.")
+        raise TypeError(f"{call}: {name} must be one of {', '.join((*FLOATS, *also))}, got {got}.")
     return dtype
 
 

@@ -44,12 +44,16 @@ class Sampling:
 
     def __call__(self, logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:
         """Tokens int32 [B]."""
+        return jax.random.categorical(key, self.adjust(logits), axis=-1).astype(jnp.int32)
+
+    def adjust(self, logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        """The logits that are drawn from, float32; -inf where a token is cut off."""
         logits = jnp.asarray(logits, jnp.float32)
         # From the largest down, or else tiny temperatures divide several of them to infinity.
         temperature = jnp.maximum(jnp.asarray(self.temperature, jnp.float32), jnp.finfo(jnp.float32).tiny)
         logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.top_p is not None:
             ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -60,7 +64,7 @@ class Sampling:
             stays = (jnp.cumsum(shares, axis=-1) - shares < top_p) | (top_p >= 1)
             least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        return logits
 
 
 def greedy(logits: Float[Array, "B V"], key: Array) -> Int[Array, " B"]:

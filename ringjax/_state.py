@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from ringjax import _inputs
 from ringjax._attention import apply_sinks, attend_to_memory, attend_with_lse, merge
 from ringjax._buffer import RingBuffer
+from ringjax._quantised import LARGEST, is_quantised
 from ringjax._window import Window
 
 
@@ -32,6 +33,7 @@ class RingBufferConfig:
       softcap: bound of the logits; None: none.
       scale: factor on the logits; None: `head_dim ** -0.5`.
       implementation: the name of one implementation; None: the first that can run.
+      forward_dtype: dtype of the ring that carries no gradient, such as "int8"; None: that of the others.
 
     Raises:
       ValueError, TypeError: a field out of its range or of the wrong kind.
@@ -48,6 +50,7 @@ class RingBufferConfig:
     softcap: float | None = None
     scale: float | None = None
     implementation: str | None = None
+    forward_dtype: Any = None
 
     def __post_init__(self) -> None:
         call = "RingBufferConfig"
@@ -59,6 +62,9 @@ class RingBufferConfig:
         for name in ("softcap", "scale"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _inputs.as_positive(call, name, getattr(self, name)))
+        if self.forward_dtype is not None:  # by its name, which is hashable whatever was given
+            dtype = _inputs.as_dtype(call, "forward_dtype", self.forward_dtype, also=tuple(LARGEST))
+            object.__setattr__(self, "forward_dtype", dtype.name)
         if not isinstance(self.causal, bool):
             raise TypeError(f"{call}: causal must be a bool, got {self.causal!r}.")
 
@@ -73,9 +79,12 @@ class RingBufferConfig:
         return Window.causal(self.buffer_size, self.sinks)
 
 
+RINGS = ("forward", "backward", "feedback")
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["forward", "backward", "feedback", "last_calculated"],
+    data_fields=[*RINGS, "last_calculated"],
     meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +110,43 @@ class BufferState:
 
     def select(self, rows: Int[Array, " R"]) -> "BufferState":
         """The state whose row i is this one's row `rows[i]`, as for `RingBuffer.select`."""
-        return dataclasses.replace(
-            self,
-            forward=self.forward.select(rows),
-            backward=self.backward.select(rows),
-            feedback=self.feedback.select(rows),
-            last_calculated=jnp.take(self.last_calculated, jnp.asarray(rows), axis=0, mode="clip"),
-        )
+        rings = {name: getattr(self, name).select(rows) for name in RINGS}
+        last = jnp.take(self.last_calculated, jnp.asarray(rows), axis=0, mode="clip")
+        return dataclasses.replace(self, last_calculated=last, **rings)
+
+    def insert(self, row: int | Int[Array, ""], other: "BufferState") -> "BufferState":
+        """The state with row `row` (and those after it) replaced by the rows of `other`, as for `RingBuffer.insert`."""
+        _inputs.check_type("BufferState.insert", "other", other, BufferState)
+        rings = {name: getattr(self, name).insert(row, getattr(other, name)) for name in RINGS}
+        last = lax.dynamic_update_slice_in_dim(self.last_calculated, other.last_calculated, jnp.asarray(row), axis=0)
+        return dataclasses.replace(self, last_calculated=last, **rings)
+
+    def reset(self, rows: Array | None = None) -> "BufferState":
+        """The state with rows emptied, as for `RingBuffer.reset`."""
+        rings = {name: getattr(self, name).reset(rows) for name in RINGS}
+        last = jnp.full_like(self.last_calculated, -1)
+        last = last if rows is None else jnp.where(rows, last, self.last_calculated)
+        return dataclasses.replace(self, last_calculated=last, **rings)
 
     def rollback(self, n: int | Int[Array, " B"]) -> "BufferState":
         """The state before the decoder's last n positions, as for `RingBuffer.rollback`."""
         feedback = self.feedback.rollback(n)
         return dataclasses.replace(self, feedback=feedback, last_calculated=feedback.length - 1)
+
+
+def rings_of(state: Any) -> list[Any]:
+    """The `RingBuffer` and `BufferState` nodes of a state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RingBuffer | BufferState))
+    return [node for node in nodes if isinstance(node, RingBuffer | BufferState)]
+
+
+def rolled_back(state: Any, n: Array) -> Any:
+    """A state whose rings are without their last n tokens, int32 [B]; all else in it stays."""
+
+    def back(node: Any) -> Any:
+        return node.rollback(n) if isinstance(node, RingBuffer | BufferState) else node
+
+    return jax.tree.map(back, state, is_leaf=lambda x: isinstance(x, RingBuffer | BufferState))
 
 
 def init_state(
@@ -132,18 +166,18 @@ def init_state(
       kv_heads: K, key and value heads.
       head_dim: H of the keys.
       value_dim: H of the values; None: `head_dim`.
-      dtype: float32, bfloat16 or float16.
+      dtype: of the rings, as for `RingBuffer.empty`; `config.forward_dtype` goes before it.
 
     Raises:
       ValueError, TypeError: as for `RingBuffer.empty`.
     """
     _inputs.check_type("init_state", "config", config, RingBufferConfig)
 
-    def ring(window: Window) -> RingBuffer:
+    def ring(window: Window, dtype: Any = dtype) -> RingBuffer:
         return RingBuffer.empty(batch, kv_heads, head_dim, window, slack=config.slack, value_dim=value_dim, dtype=dtype)
 
     return BufferState(
-        forward=ring(config.window),
+        forward=ring(config.window, dtype if config.forward_dtype is None else config.forward_dtype),
         backward=ring(config.window),
         feedback=ring(config.feedback_window),
         last_calculated=jnp.full(batch, -1, jnp.int32),
@@ -185,6 +219,12 @@ def encode(
         raise TypeError(f"{call}: requires_grad must be a bool, got {_inputs.describe(requires_grad)}.")
     config = state.config
     ring = state.backward if requires_grad else state.forward
+    if requires_grad and is_quantised(ring.k.dtype):
+        first = f"{call}: requires_grad needs a backward ring of float32, bfloat16 or float16, got {ring.k.dtype}."
+        hint = (
+            "no gradient goes through a quantised ring: RingBufferConfig(forward_dtype=...) quantises `forward` only."
+        )
+        raise ValueError(_inputs.message(first, hint=hint))
 
     def chunk(ring: RingBuffer, q: Any, k: Any, v: Any, lengths: Any) -> tuple[RingBuffer, Array]:
         out, _, ring = attend_with_lse(
@@ -222,7 +262,7 @@ def encode(
 
 
 def _without_gradient(ring: RingBuffer) -> RingBuffer:
-    return dataclasses.replace(ring, k=lax.stop_gradient(ring.k), v=lax.stop_gradient(ring.v))
+    return jax.tree.map(lax.stop_gradient, ring)
 
 
 def decode(

@@ -353,6 +353,14 @@ def test_reset():
 # --- export and restore ---
 
 
+def test_an_export_outlives_a_donated_ring():
+    ring, _ = started((W.causal(4, sinks=2), 3), [9, 2])
+    exported = ring.export()
+    jax.jit(lambda ring: ring.rollback(1), donate_argnums=0)(ring)
+    assert ring.length.is_deleted()
+    assert exported.length.tolist() == [9, 2] and rj.RingBuffer.restore(exported, W.causal(4)).valid.all()
+
+
 @pytest.mark.parametrize(
     ("window", "slack"),
     [

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from wrong_calls import ATTEND, ATTENTION, MERGE, F, Wrong
+from wrong_calls import ATTEND, ATTENTION, MERGE, F, Q, Wrong
 
 import ringjax as rj
 
@@ -63,19 +63,19 @@ EMPTY = [
         "RingBuffer.empty: window must be bounded on the left, got Window(left=None, right=None).",
     ),
     Wrong(
-        lambda x: rj.RingBuffer.empty(1, 1, 8, x.window, dtype=jnp.int8),
+        lambda x: rj.RingBuffer.empty(1, 1, 8, x.window, dtype=jnp.int16),
         TypeError,
-        f"RingBuffer.empty: dtype must be one of {F}, got int8.",
+        f"RingBuffer.empty: dtype must be one of {F}, {Q}, got int16.",
     ),
     Wrong(
         lambda x: rj.RingBuffer.empty(1, 1, 8, x.window, dtype="fp8"),
         TypeError,
-        f"RingBuffer.empty: dtype must be one of {F}, got 'fp8'.",
+        f"RingBuffer.empty: dtype must be one of {F}, {Q}, got 'fp8'.",
     ),
     Wrong(
         lambda x: rj.RingBuffer.empty(1, 1, 8, x.window, dtype=None),
         TypeError,
-        f"RingBuffer.empty: dtype must be one of {F}, got None.",
+        f"RingBuffer.empty: dtype must be one of {F}, {Q}, got None.",
     ),
 ]
 

@@ -1,7 +1,7 @@
 """Bugs of other projects that could occur here: one test each, named after what went wrong.
 
-Not here, since they concern generation, the encoder-decoder state or layers: Rapid-MLX PR 1124, ollama PR 12543,
-vLLM PR 51756, transformers 35350, 45521 and 46612, TensorRT-LLM PR 2983.
+Not here, since they concern generation, the encoder-decoder state or layers: Rapid-MLX PR 1124 (test_generation.py),
+vLLM PR 51756 (test_layers_in_a_loop.py), transformers 45521 (test_state.py) and 46612 (test_continuous_batching.py).
 """
 
 from functools import cache
@@ -358,3 +358,90 @@ def test_no_step_of_a_loop_copies_the_ring(batch):
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= ring.k.nbytes + ring.v.nbytes
         assert memory.temp_size_in_bytes < ring.k.nbytes / 2  # blocks of keys and values, and no ring
+
+
+# --- Serving ---
+
+
+def test_a_quantised_ring_past_its_window():
+    """mlx-lm 1573 and 1583, transformers' QuantizedCache: rings in 8 bits were refused; ik_llama 1205: wrong past W.
+
+    The outputs after the first wrap are as near as those before it.
+    """
+    window = W.causal(5, sinks=1)
+    ring = rj.RingBuffer.empty(1, KV_HEADS, HEAD_DIM, window, slack=1, dtype="int8")
+    out, _ = stream(ring, [1] * LENGTH, tokens())
+    index = np.arange(LENGTH)
+    sides = {"left": window.left, "right": 0, "sinks": 1, "q_positions": index, "k_positions": index}
+    exact, _ = oracle.attention(*tokens(), **sides)
+    error = np.sqrt(((out - exact) ** 2).sum((0, 2, 3)) / (exact**2).sum((0, 2, 3)))
+    assert error[:5].max() < 0.02 and error[5:].max() < 0.02
+
+
+def test_a_row_takes_no_room_from_another():
+    """ollama PR 12543, llama.cpp 14097: what one row no longer saw was not freed, until no other found a slot."""
+    window = W.causal(5, sinks=1)
+    ring, (_, k, v) = empty(window, batch=2), tokens(batch=2)
+    for turn in range(6):
+        # Row 0 goes on and on, row 1 is a new stream each time.
+        ring = append(ring.reset(np.array([False, True])), k, v, lengths=np.array([LENGTH, 1 + turn], np.int32))
+        assert held(ring, 1) == list(range(1 + turn))
+        total = LENGTH * (turn + 1)
+        assert held(ring, 0) == [0, *range(total - 5, total)] and ring.capacity == 6
+
+
+def test_sinks_do_not_drift():
+    """transformers 35350 and 33691: SinkCache rotated its sinks again at every step, and lost their positions.
+
+    Keys are rotated once, at their true positions; 20,000 steps later the sinks are the same bit for bit.
+    """
+    window = W.causal(4, sinks=2)
+    rotate = jax.jit(rj.apply_rotary)
+    q, k, v = tokens()
+    rotated = [np.asarray(rotate(x, np.arange(LENGTH, dtype=np.int32))) for x in (q, k)] + [v]
+    ring, outs = empty(window), []
+    for t in range(LENGTH):
+        at = ring.length[:, None]
+        new = (rotate(q[:, t : t + 1], at), rotate(k[:, t : t + 1], at), v[:, t : t + 1])
+        out, ring = attend(*new, ring)
+        outs.append(out)
+    assert_exact(jnp.concatenate(outs, axis=1), rotated, window, range(LENGTH))
+
+    @jax.jit
+    def far(ring):
+        def step(ring, _):
+            return ring.append(rj.apply_rotary(k[:, :1], ring.length[:, None]), v[:, :1]), None
+
+        return jax.lax.scan(step, ring, length=20_000)[0]
+
+    before, after = ring.export(), far(ring).export()
+    assert after.positions[0].tolist() == [0, 1, *range(LENGTH + 20_000 - 4, LENGTH + 20_000)]
+    np.testing.assert_array_equal(after.k[:, :2], before.k[:, :2])
+    last = rotate(k[:, :1], np.array([LENGTH + 20_000 - 1], np.int32))
+    np.testing.assert_allclose(after.k[:, -1:], last, rtol=0, atol=1e-5)
+
+
+def test_what_can_be_reused_is_what_every_layer_still_has():
+    """TensorRT-LLM PR 2983 and 3424: whether a prefix could be reused was asked of the largest window only."""
+
+    def step(tokens, state):
+        x = jnp.broadcast_to(tokens[..., None, None], (*tokens.shape, 1, 1)).astype(jnp.float32)
+        return x[..., 0], [rj.attend(x, x, x, ring)[1] for ring in state]
+
+    def layers(*slacks):
+        sizes = (100, 4)
+        return [
+            rj.RingBuffer.empty(1, 1, 1, W.causal(n), slack=s, dtype="float32")
+            for n, s in zip(sizes, slacks, strict=True)
+        ]
+
+    prompt = np.arange(12, dtype=np.int32)[None]
+    for slacks in ((9, 9), (9, 3), (0, 9)):
+        _, state = rj.prefill(step, layers(*slacks), prompt, prefill_size=12)
+        if min(slacks) < 6:
+            with pytest.raises(ValueError, match=f"need slack of at least 6, got {min(slacks)}"):
+                rj.prefill(step, state, prompt[:, :7], prefill_size=12)
+        else:
+            _, state = rj.prefill(step, state, prompt[:, :7], prefill_size=12)
+            assert [ring.length.tolist() for ring in state] == [[7], [7]]
+            assert held(state[1])[-4:] == [3, 4, 5, 6]

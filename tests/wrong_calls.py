@@ -11,6 +11,7 @@ import ringjax as rj
 
 HUGE = 2**40
 F = "float32, bfloat16, float16"
+Q = "int8, float8_e4m3fn"
 
 
 class Wrong(NamedTuple):

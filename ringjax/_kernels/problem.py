@@ -1,7 +1,7 @@
 """The static facts of one attention call, and the arrays that go with it.
 
 `Problem` holds all that decides which implementation runs and how it is compiled; it is hashable and holds no arrays,
-so that a test can pretend to be on any device. `Rows` holds the integers of each row of the batch.
+so that a test can pretend to be on any device. `Rows` holds the integers of each row of the batch, and scales.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringjax._kernels.tiles import AUTOMATIC, Tiles
+from ringjax._quantised import is_quantised
 from ringjax._slots import NOTHING, position_in_slot
 from ringjax._window import Window
 
@@ -23,7 +24,8 @@ class Problem:
     Attributes:
       batch, queries, keys: B, T, S (for a ring, S is its capacity).
       heads, kv_heads, head_dim, value_dim: N, K, H and the values' H.
-      q_dtype, kv_dtype, out_dtype: names of the dtypes of the queries, of the keys and values, of the output.
+      q_dtype, kv_dtype, out_dtype: names of the dtypes of the queries, of the keys and values, of the output. A ring
+        may be "int8" or "float8_e4m3fn": then `Rows` has its scales.
       window: what a query sees.
       layout: "linear": keys and values are [B, S, K, H], key j of a row at position `kv_offset + j`.
         "ring": they are [B, K, C, H] in a ring's storage order.
@@ -71,9 +73,14 @@ class Problem:
     def is_ring(self) -> bool:
         return self.layout == "ring"
 
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values are to be multiplied by scales."""
+        return is_quantised(self.kv_dtype)
+
 
 class Rows(NamedTuple):
-    """Integers of each row of the batch, all int32.
+    """What goes with each row of the batch, int32 but for the scales.
 
     Attributes:
       q_start: [B], position of query 0; None: `Problem.q_offset + kv_start`.
@@ -82,6 +89,8 @@ class Rows(NamedTuple):
       length, written: [B], of the ring (see `ringjax._slots`); None for the linear layout.
       q_segments, kv_segments: [B, T] and [B, S] (linear); a query sees keys of its own segment only, and a negative
         segment is padding; None: one segment.
+      k_scale, v_scale: float32 [B, K, C], of a quantised ring: the factor of the logits of each key, and of the weight
+        of each value, by kv head and slot; None: none. Where a slot holds nothing they may be NaN.
     """
 
     q_start: jax.Array | None = None
@@ -91,6 +100,8 @@ class Rows(NamedTuple):
     written: jax.Array | None = None
     q_segments: jax.Array | None = None
     kv_segments: jax.Array | None = None
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
 def query_positions(problem: Problem, rows: Rows, queries: Any) -> jax.Array:
