@@ -55,6 +55,41 @@ VARIANTS = {
     "64 deterministic": {"head_dim": 64, "window": Window.causal(1024), "deterministic": True},
 }
 
+DECODE_VARIANTS = {
+    "decode 64": {"head_dim": 64},
+    "decode 128, one row": {"head_dim": 128, "batch": 1},
+    "decode 128": {"head_dim": 128},
+    "decode 256": {"head_dim": 256},
+    "decode 80, softcap, sink logits": {"head_dim": 80, "softcap": 30.0, "sink_logits": True},
+    "decode 128, 16 tokens": {"head_dim": 128, "queries": 16, "slack": 15, "ragged": True},
+    "decode 128, memory": {"head_dim": 128, "out_dtype": "float32", "q_stride": 0, "window": Window(999, 999)},
+}
+
+
+def compile_decode_variant(mesh, options, heads=32, kv_heads=8):
+    """Compiles attention to a ring, with the tokens written by the same launch where it can."""
+    facts = {"batch": 64, "queries": 1, "slack": 0, "window": Window.causal(1000, sinks=3), "out_dtype": "bfloat16"}
+    facts |= options
+    batch, chunk, depth, window = (facts[name] for name in ("batch", "queries", "head_dim", "window"))
+    facts |= {"value_dim": depth, "keys": window.sinks + window.size + facts["slack"], "scale": depth**-0.5}
+    facts |= {"heads": heads, "kv_heads": kv_heads, "layout": "ring", "q_offset": None}
+    facts |= {"platform": "gpu", "device_kind": "NVIDIA H200"}
+    problem = Problem(**facts, q_dtype="bfloat16", kv_dtype="bfloat16")
+
+    def spec(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def call(q, new, ring, count, sinks):
+        rows = Rows(q_start=count, length=count, written=count, q_length=count if problem.ragged else None)
+        sinks = sinks if problem.sink_logits else None
+        if mosaic.writes(problem):
+            return mosaic.append_attend(problem, rows, q, new, new, ring, ring + 1, sinks)
+        return mosaic.forward(problem, rows, q, ring, ring, sinks)
+
+    q, new = spec((batch, chunk, heads, depth)), spec((batch, chunk, kv_heads, depth))
+    ring = spec((batch, kv_heads, problem.keys, depth))
+    jax.jit(call).lower(q, new, ring, spec((batch,), jnp.int32), spec((heads,), jnp.float32)).compile()
+
 
 def compile_variant(mesh, options, size=8192, heads=8, kv_heads=2):
     """Compiles forward and backward of one variant."""
@@ -83,8 +118,8 @@ def main():
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
     failed = False
-    for name, options in VARIANTS.items():
-        compile_variant(mesh, options)
+    for name, options in (VARIANTS | DECODE_VARIANTS).items():
+        (compile_variant if name in VARIANTS else compile_decode_variant)(mesh, options)
         reports = [path.read_text(errors="ignore") for path in DUMP.rglob("*ptxas*")]
         for path in DUMP.rglob("*"):
             path.unlink()

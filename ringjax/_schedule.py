@@ -10,6 +10,10 @@ The functions take Python ints, NumPy arrays, jax arrays or values inside a kern
 
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jax import lax
+
 from ringjax._slots import namespace
 from ringjax._window import Window
 
@@ -152,3 +156,37 @@ def query_tiles(
             full_end = _where(k_last < window.sinks, last_tile, full_end)
     full_end = _where(overhangs, full_first, full_end)
     return QueryTiles(*_nested(first, full_first, full_end, end))
+
+
+class SlotTiles(NamedTuple):
+    """Tiles of a ring's slots, in two half-open ranges of tile indices: [0, low) and [first, end), low <= first."""
+
+    low: Any
+    first: Any
+    end: Any
+
+
+def _quotient(value: Any, divisor: int) -> Any:
+    """`value // divisor` of a value that is not negative: in a kernel, a shift and no more."""
+    return lax.div(value, np.int32(divisor)) if isinstance(value, jax.Array) else value // divisor
+
+
+def slot_tiles(newest: Any, count: Any, pinned: Any, *, sinks: int, capacity: int, block_size: int) -> SlotTiles:
+    """The tiles that hold the last `count` tokens of a ring and the first `pinned` sinks.
+
+    Args:
+      newest: the slot of the newest token that is not pinned.
+      count: tokens up to it, at most `capacity - sinks`; none if it is not positive.
+      pinned: sinks, 0..sinks.
+      sinks, capacity: of the ring.
+      block_size: slots in a tile.
+    """
+    oldest = newest - count + 1
+    wraps = oldest < sinks
+    some = count > 0
+    pinned_end = _quotient(pinned + block_size - 1, block_size)
+    newest_end = _quotient(newest, block_size) + 1
+    low = _where(some & wraps, newest_end, pinned_end)
+    first = _greatest(_quotient(_where(wraps, oldest + capacity - sinks, oldest), block_size), low)
+    end = _where(wraps, -(-capacity // block_size), newest_end)
+    return SlotTiles(low, _where(some, first, low), _where(some, _greatest(first, end), low))

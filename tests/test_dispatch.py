@@ -47,7 +47,7 @@ def table(monkeypatch):
 
     picky = types.SimpleNamespace(name="picky", unsupported=unsupported, forward=fake_forward, backward=None)
     monkeypatch.setattr(_kernels, "IMPLEMENTATIONS", {"picky": picky, **IMPLEMENTATIONS})
-    monkeypatch.setattr("ringjax._attention.IMPLEMENTATIONS", _kernels.IMPLEMENTATIONS)
+    monkeypatch.setattr("ringjax._partition.IMPLEMENTATIONS", _kernels.IMPLEMENTATIONS)
     return _kernels.IMPLEMENTATIONS
 
 

@@ -174,7 +174,7 @@ def test_forward_and_backward_lower_for_cuda(changes):
         ({"device_kind": "NVIDIA A100-SXM4-80GB"}, "Hopper"),
         ({"device_kind": "NVIDIA B200"}, "Hopper"),
         ({"device_kind": "NVIDIA GeForce GTX 1080"}, "Hopper"),
-        ({"layout": "ring"}, "rings"),
+        ({"layout": "ring", "head_dim": 20}, "rings whose head_dim"),
         ({"ragged": True}, "valid queries"),
         ({"q_dtype": "float32", "kv_dtype": "float32", "out_dtype": "float32"}, "needs bfloat16"),
         ({"out_dtype": "float32"}, "one dtype"),

@@ -1,7 +1,9 @@
 """The table of implementations, and the one that runs a problem.
 
 Dispatch is pure: from the static facts of a call to a choice. An implementation is a module with a `name`,
-`unsupported(problem) -> list[str]` (why it cannot run; empty: it can), `forward` and `backward`.
+`unsupported(problem) -> list[str]` (why it cannot run; empty: it can), `forward` and `backward`. It may say of problems
+that their `backward` is another's (`differentiates(problem) -> bool`), and may offer to write into a ring what it then
+attends to (`writes`, `append_attend`; see `ringjax/_in_place.py`).
 """
 
 from typing import Any
@@ -39,3 +41,13 @@ def resolve(problem: Problem, call: str, implementation: str | None) -> str:
         against = {implementation: against[implementation]}
     facts = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in against.items())
     raise NotImplementedError(f"{first}\n{facts}")
+
+
+def backward_of(problem: Problem, implementation: str) -> str:
+    """The name of the implementation whose `backward` goes with a forward pass: its own if it has one."""
+
+    def has(name: str) -> bool:
+        return getattr(IMPLEMENTATIONS[name], "differentiates", lambda problem: True)(problem)
+
+    able = (name for name, reasons in reasons_against(problem).items() if not reasons and has(name))
+    return implementation if has(implementation) else next(able)

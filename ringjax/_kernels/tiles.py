@@ -172,3 +172,63 @@ def mosaic_backward_tiles(tiles: Tiles, *, head_dim: int, window: Window, group:
     return MosaicBackwardTiles(
         fused=False, q_stages=2, g_stages=1, dk_with_dv=False, dq_block=64, dq_v_stages=1, **order
     )
+
+
+class MosaicDecodeTiles(NamedTuple):
+    """Sizes of the Hopper decode kernel.
+
+    Attributes:
+      block_size: slots in a tile.
+      stages: key and value tiles in shared memory.
+      splits: programs, of one cluster, that share the tiles of one kv head of one row: 1, 2, 4 or 8.
+      overlap: whether the next kernel may begin to be set up before this one ends (programmatic dependent launch).
+    """
+
+    block_size: int = 128
+    stages: int = 3
+    splits: int = 1
+    overlap: bool = False
+
+
+def mosaic_decode_tiles(
+    tiles: Tiles, *, programs: int, slots: int, rows: int, head_dim: int, value_dim: int
+) -> MosaicDecodeTiles:
+    """Sizes for the Hopper decode kernel.
+
+    Splits until the machine is full: one program on every other multiprocessor is what 8 heads of one row can have (a
+    cluster has 8 programs at most; 4 took 11.6 us where 8 took 9.3). More than that costs: a long ring in clusters of 4
+    instead of 2 took 300 us, not 240. With one program a multiprocessor, one stage was as fast as three (63.9 and 65.0
+    us at 16 rows; 244 and 251 at 64, where more programs fit side by side with one). Blocks of 64 slots cost 1 to 10%;
+    blocks of 256 gained 1% at one row in one run and cost 1% in another. Overlap gave 0.3 us of 10 at one row where
+    launches follow each other in a stream, nothing in a CUDA graph, and cost 1% at 16 rows. (One H200, jax 0.11.2,
+    2026-11-22; docs/decoding.md.)
+
+    Args:
+      tiles: what the caller asked for; only `block_size` has a say.
+      programs: rows of the batch times kv heads, times the programs that share a group's queries.
+      slots: C.
+      rows: queries of a program.
+      head_dim, value_dim: multiples of 64.
+    """
+    splits = 1
+    while splits < 8 and programs * splits < 120 and 2 * splits <= -(-slots // 128):
+        splits *= 2
+    few = programs * splits <= 66  # half of the multiprocessors: those of the next kernel fit beside them
+    largest = 64 if rows > 32 else 128
+    block = largest if tiles.block_size is None else min(largest, max(64, tiles.block_size // 64 * 64))
+    stages = 1 if splits == 1 else 2
+
+    def held(block: int, stages: int, splits: int) -> int:
+        """Bytes of shared memory."""
+        ring = stages * block * (head_dim + value_dim) * 2
+        queries = rows * (2 * head_dim + 2 * block + 4 * value_dim + 256 + 16) + 16 * 2 * (head_dim + value_dim)
+        return ring + queries + (splits - 1) * (value_dim + 128) * rows * 4 + 4096
+
+    while held(block, stages, splits) > 227 * 1024:
+        if stages > 1:
+            stages -= 1
+        elif block > 64:
+            block = 64
+        else:
+            splits //= 2
+    return MosaicDecodeTiles(block, stages, splits, few)

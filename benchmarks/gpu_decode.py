@@ -1,0 +1,365 @@
+"""Times decoding with a ring on a GPU against its peers: `python -m benchmarks.gpu_decode`, as Markdown.
+
+One token a row, rings full and wrapped, bfloat16. Several rings are taken in turn where one would stay in the GPU's
+cache, so that every call reads memory. Calls are chained in one executable (an output is the next query), candidates
+are timed in turn in batches of such chains, and the figures are medians. Our calls write the token into the ring too
+(in place, in the same launch); the peers only read. Each result is checked against float32 first.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import statistics
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+
+import ringjax as rj
+
+BATCHES, BATCH_S = 9, 0.05
+COLD = 400e6  # bytes of rings taken in turn; the cache of an H200 holds 50 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Rows, query heads, kv heads, head size, window."""
+
+    b: int
+    n: int
+    k: int
+    h: int
+    w: int
+
+    def __str__(self):
+        return str(dataclasses.astuple(self))
+
+    @property
+    def bytes(self):
+        """Of keys and values."""
+        return 4 * self.b * self.k * self.h * self.w
+
+    @property
+    def sets(self):
+        return max(1, round(COLD / self.bytes))
+
+    @property
+    def rounds(self):
+        """Of a chain over all sets: 6 ms of calls, so that its start costs nothing."""
+        calls = min(240, max(1, round(6e-3 / (self.bytes / 4.3e12))))
+        return max(1, calls // self.sets)
+
+
+SHAPES = [
+    Shape(1, 32, 8, 128, 4096),
+    Shape(16, 32, 8, 128, 4096),
+    Shape(64, 32, 8, 128, 4096),
+    Shape(128, 16, 8, 256, 1024),
+    Shape(8, 32, 8, 128, 32768),
+]
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def ring(shape, seed, length=None):
+    """A ring that has wrapped, a little further in each row; or `length` tokens in every row."""
+    at = shape.w + 77 + 13 * jnp.arange(shape.b, dtype=jnp.int32)
+    at = at if length is None else jnp.full_like(at, length)
+    empty = jax.eval_shape(lambda: rj.RingBuffer.empty(shape.b, shape.k, shape.h, rj.Window.causal(shape.w)))
+    return dataclasses.replace(
+        empty, k=normal(seed, *empty.k.shape), v=normal(seed + 1, *empty.v.shape), length=at, written=at + 0
+    )
+
+
+def ours(shape, implementation="mosaic"):
+    """`attend`, as anybody calls it: appends a token, attends to the window."""
+
+    def step(q, new, state):
+        return rj.attend(q, *new, state, implementation=implementation)
+
+    return step
+
+
+def cudnn(shape):
+    """`jax.nn.dot_product_attention` by cuDNN, keys and values [B, S, K, H]."""
+
+    def step(q, new, state):
+        k, v, length = state
+        options = {"implementation": "cudnn", "key_value_seq_lengths": length}
+        return jax.nn.dot_product_attention(q, k, v, **options), state
+
+    return step
+
+
+def einsum(shape):
+    """Plain XLA, keys and values [B, K, S, H]."""
+
+    def step(q, new, state):
+        k, v, _ = state
+        q_heads = q.reshape(shape.b, shape.k, -1, shape.h)
+        logits = jnp.einsum("bkgh,bksh->bkgs", q_heads, k, preferred_element_type=jnp.float32) * shape.h**-0.5
+        weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+        out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
+        return out.astype(q.dtype).reshape(q.shape), state
+
+    return step
+
+
+def gqa(shape, splits):
+    """`decode_attention.gqa` of Pallas (Triton), keys and values [B, K, S, H] so that its transpose is undone."""
+
+    def step(q, new, state):
+        from jax.experimental.pallas.ops.gpu import decode_attention
+
+        k, v, length = (x if x.ndim < 2 else jnp.swapaxes(x, 1, 2) for x in state)
+        out = decode_attention.gqa(q[:, 0], k, v, kv_seq_len=length, k_splits=splits)
+        return out.astype(q.dtype)[:, None], state
+
+    return step
+
+
+def peers(shape):
+    """Name to (step, whether its keys and values are [B, K, S, H])."""
+    found = {"jax.nn cuDNN": (cudnn(shape), False), "XLA einsum": (einsum(shape), True)}
+    for splits in (4,) if shape.b * shape.k > 132 else (32,):
+        found[f"Pallas gqa, {splits} splits"] = (gqa(shape, splits), True)
+    return found
+
+
+def chained(step, count):
+    """`count` rounds over all states; donates these."""
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def run(q, new, states):
+        states = list(states)
+        for i in range(count * len(states)):
+            at = i % len(states)
+            q, states[at] = step(q, new, states[at])
+        return q, states
+
+    return run
+
+
+def error(shape, q, out, k, v):
+    """Largest relative error of the first and the last row; k and v [B, K, S, H] with all keys visible."""
+    worst = 0.0
+    for b in (0, shape.b - 1):
+        with jax.default_matmul_precision("highest"):
+            heads = q[b, 0].reshape(shape.k, -1, shape.h).astype(jnp.float32)
+            logits = jnp.einsum("kgh,ksh->kgs", heads, k[b].astype(jnp.float32)) * shape.h**-0.5
+            exact = jnp.einsum("kgs,ksh->kgh", jax.nn.softmax(logits, -1), v[b].astype(jnp.float32))
+        found = out[b, 0].reshape(exact.shape).astype(jnp.float32)
+        worst = max(worst, float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)))
+    return worst
+
+
+def timed(calls, batches=BATCHES, batch_s=BATCH_S):
+    """Median seconds of each call: batches of calls back to back, in turn. A call is run once before, to compile."""
+    counts, seconds = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(2)])
+        counts[name] = max(1, round(batch_s * 2 / (time.perf_counter() - start)))
+    for _ in range(batches):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                result = call()
+            jax.block_until_ready(result)
+            seconds[name].append((time.perf_counter() - start) / counts[name])
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+class Caller:
+    """A chain that is called again and again; its states are donated and kept."""
+
+    def __init__(self, run, q, new, states):
+        self.run, self.q, self.new, self.states = run, q, new, states
+
+    def __call__(self):
+        out, self.states = self.run(self.q, self.new, self.states)
+        return out
+
+
+def states_of(shape, head_major):
+    """Rings (`head_major` None) or caches in their layout, as many as it takes to find them cold."""
+    states = [ring(shape, 10 * i) for i in range(shape.sets)]
+    if head_major is None:
+        return states
+    states = [(x.k, x.v, jnp.full(shape.b, shape.w, jnp.int32)) for x in states]
+    if head_major:
+        return states
+    return [(*(jnp.swapaxes(x, 1, 2) for x in state[:2]), state[2]) for state in states]
+
+
+def shapes(chosen, candidates=lambda shape: {"ringjax": ours(shape)}, with_peers=True):
+    """Microseconds of one call, ours and the peers'."""
+    lowered, pool = {}, ThreadPoolExecutor(8)
+    for shape in chosen:
+        found = {name: (step, None) for name, step in candidates(shape).items()}
+        found |= peers(shape) if with_peers else {}
+        q = jax.ShapeDtypeStruct((shape.b, 1, shape.n, shape.h), jnp.bfloat16)
+        new = (jax.ShapeDtypeStruct((shape.b, 1, shape.k, shape.h), jnp.bfloat16),) * 2
+        for name, (step, head_major) in found.items():
+            states = jax.eval_shape(functools.partial(states_of, shape, head_major))
+            one, chain = jax.jit(step).lower(q, new, states[0]), chained(step, shape.rounds).lower(q, new, states)
+            lowered[shape, name] = head_major, pool.submit(one.compile), pool.submit(chain.compile)
+    print("| (B, N, K, H, W) | candidate | us | GB/s of K and V | error |\n|---|---|---|---|---|")
+    for shape in chosen:
+        q = normal(0, shape.b, 1, shape.n, shape.h)
+        new = tuple(normal(1 + i, shape.b, 1, shape.k, shape.h) for i in range(2))
+        calls, errors = {}, {}
+        for (of, name), (head_major, one, chain) in lowered.items():
+            if of != shape:
+                continue
+            try:
+                states = states_of(shape, head_major)
+                out, after = one.result()(q, new, states[0])
+                k, v = (after.k, after.v) if head_major is None else after[:2]
+                if head_major is False:
+                    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+                errors[name] = error(shape, q, out, k, v)
+                if not errors[name] < 1e-2:  # a NaN is not
+                    print(f"| {shape} | {name} | REFUSED: wrong | | {errors[name]:.1e} |")
+                    continue
+                del out, after, k, v
+                call = Caller(chain.result(), q, new, states)
+                jax.block_until_ready(call())
+                calls[name] = call
+            except Exception as problem:
+                print(f"| {shape} | {name} | failed: {type(problem).__name__}: {str(problem)[:80]} | | |")
+        for name, s in timed(calls).items():
+            s = s / (shape.rounds * shape.sets)
+            print(
+                f"| {shape} | {name} | {s * 1e6:.2f} | {shape.bytes / s / 1e9:.0f} | {errors[name]:.1e} |", flush=True
+            )
+
+
+def loop(batch, layers=16, tokens=64, step=None):
+    """Microseconds per layer and token of a `lax.scan` over tokens, every layer with its own ring in the carry."""
+    shape = Shape(batch, 32, 8, 128, 4096)
+    step = step or ours(shape)
+    new = tuple(normal(1 + i, shape.b, 1, shape.k, shape.h) for i in range(2))
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(q, rings):
+        def token(carry, _):
+            q, rings = carry
+            rings = list(rings)
+            for i in range(layers):
+                q, rings[i] = step(q, new, rings[i])
+            return (q, rings), q[:, 0, 0, 0]
+
+        (q, rings), trace = jax.lax.scan(token, (q, rings), None, length=tokens)
+        return trace, rings
+
+    states = [[ring(shape, 10 * i) for i in range(layers)]]
+    q = normal(0, shape.b, 1, shape.n, shape.h)
+
+    def call():
+        out, states[0] = run(q, states[0])
+        return out
+
+    compiled = run.lower(q, states[0]).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    s = timed({"loop": call}, batches=5, batch_s=0.1)["loop"] / (layers * tokens)
+    print(f"| B={batch}, {layers} layers, {tokens} tokens | {s * 1e6:.2f} | {temporary:.2f} |", flush=True)
+
+
+def of_length(shape, length):
+    """Our step on a ring that has `length` tokens at every call, whatever the calls before it appended."""
+
+    def step(q, new, state):
+        at = jnp.full_like(state.length, length)
+        return ours(shape)(q, new, dataclasses.replace(state, length=at, written=at + 0))
+
+    return step
+
+
+def empty_ring():
+    """A ring that holds little costs little, whatever its capacity."""
+    print("| rows | window | tokens in the ring | us |\n|---|---|---|---|")
+    for rows in (1, 8):
+        for size, length in ((128, 1000), (32768, 100), (32768, 99_999)):
+            shape = Shape(rows, 32, 8, 128, size)
+            q = normal(0, shape.b, 1, shape.n, shape.h)
+            new = tuple(normal(1 + i, shape.b, 1, shape.k, shape.h) for i in range(2))
+            caller = Caller(chained(of_length(shape, length), 96), q, new, [ring(shape, 0, length)])
+            s = timed({"": caller}, batches=5)[""] / 96
+            print(f"| {rows} | {size} | {min(length, size)} | {s * 1e6:.2f} |", flush=True)
+
+
+def streams(rows=16, path=None):
+    """Microseconds per token against the length of the stream: a ring of 4096 slots, and a cache that keeps all."""
+    measured = []
+    print("| stream | ringjax, W = 4096 | jax.nn cuDNN, all keys |\n|---|---|---|")
+    for length in (1024, 4096, 16384, 65536, 131072):
+        shape, cache = Shape(rows, 32, 8, 128, 4096), Shape(rows, 32, 8, 128, length)
+        q = normal(0, rows, 1, 32, 128)
+        new = tuple(normal(1 + i, rows, 1, 8, 128) for i in range(2))
+        state = (*(normal(3 + i, rows, length, 8, 128) for i in range(2)), jnp.full(rows, length, jnp.int32))
+        calls = {
+            "ring": Caller(chained(of_length(shape, length - 1), 12), q, new, [ring(shape, 10 * i) for i in range(2)]),
+            "cache": Caller(
+                chained(cudnn(cache), max(1, 24 // cache.sets)),
+                q,
+                new,
+                [state] + [jax.tree.map(jnp.copy, state) for _ in range(cache.sets - 1)],
+            ),
+        }
+        counts = {"ring": 24, "cache": max(1, 24 // cache.sets) * cache.sets}
+        found = {name: s / counts[name] * 1e6 for name, s in timed(calls, batches=5).items()}
+        print(f"| {length} | {found['ring']:.1f} | {found['cache']:.1f} |", flush=True)
+        measured.append((length, found["ring"], found["cache"]))
+    if path is not None:
+        plot(measured, rows, path)
+
+
+def plot(measured, rows, path):
+    """Draws what `streams` found: (length, us with a ring, us with a cache)."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    lengths, with_ring, with_cache = zip(*measured, strict=True)
+    axes.plot(lengths, with_cache, "o-", color="tab:gray", label="a cache of all keys (jax.nn, cuDNN)")
+    axes.plot(lengths, with_ring, "o-", color="tab:blue", label="a ring of 4096 slots (ringjax)")
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the stream", ylabel="us per token and layer")
+    axes.set_xscale("log", base=2)
+    axes.set_title(f"one layer, {rows} rows, 32 query and 8 kv heads of 128, bfloat16, H200", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_decode", description=__doc__)
+    parts = ("shapes", "loop", "empty", "streams")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all by default")
+    parser.add_argument("--plot", metavar="FILE", help="draw the streams into FILE")
+    options = parser.parse_args()
+    asked = options.parts or parts
+    warnings.simplefilter("ignore")  # a peer is deprecated
+    today = datetime.datetime.now(datetime.UTC).date()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {today}; medians.\n")
+    if "shapes" in asked:
+        shapes(SHAPES)
+    if "loop" in asked:
+        print("\n| loop | us per layer and token | temporary MiB |\n|---|---|---|")
+        loop(1)
+        loop(16)
+    if "empty" in asked:
+        print()
+        empty_ring()
+    if "streams" in asked:
+        print()
+        streams(path=options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""New tokens into a ring and attention to it: in one launch where an implementation offers that, else in two steps.
+
+An implementation offers it with `writes(problem) -> bool` and `append_attend(problem, rows, q, k, v, ring_k, ring_v,
+sink_logits) -> (out, lse, ring_k, ring_v)`, where `rows` are those before the tokens. It has no derivative of its own:
+where one is asked for, the tokens are written first and the ring is read as ever.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+
+from ringjax import _kernels, _partition
+from ringjax._buffer import RingBuffer
+from ringjax._kernels.problem import Problem, Rows
+
+
+def append_attend(
+    problem: Problem,
+    implementation: str,
+    read: Callable[..., tuple[Array, Array]],
+    rows: Rows,
+    q: Array,
+    k: Array,
+    v: Array,
+    buffer: RingBuffer,
+    sink_logits: Array | None,
+) -> tuple[Array, Array, RingBuffer]:
+    """Output, lse and the ring after the tokens.
+
+    Args:
+      problem, implementation: of the call on the ring.
+      read: attention to a ring, given its rows, q, its keys and values, and the sink logits; differentiable.
+      rows: of the ring before the tokens.
+      q, k, v: of the tokens, whose padding is zero.
+      buffer: the ring before the tokens.
+      sink_logits: [N] or None.
+    """
+
+    def apart(rows: Rows, q: Array, k: Array, v: Array, sink_logits: Any, buffer: RingBuffer) -> Any:
+        after = buffer.append(k, v, lengths=rows.q_length)
+        now = {"length": after.length, "written": after.written, "k_scale": after.k_scale, "v_scale": after.v_scale}
+        out, lse = read(rows._replace(**now), q, after.k, after.v, sink_logits)
+        return out, lse, after
+
+    arrays = (rows, q, k, v, sink_logits, buffer)
+    writes = getattr(_kernels.IMPLEMENTATIONS[implementation], "writes", None)
+    if writes is None or not writes(problem) or _partition.may_be_partitioned(jax.tree.leaves(arrays)):
+        return apart(*arrays)
+
+    @custom_vmap
+    def launch(*arrays: Any) -> Any:
+        return _launch(problem, implementation, *arrays)
+
+    @launch.def_vmap
+    def over(size: int, batched: Any, *arrays: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        results = jax.vmap(apart, in_axes=tuple(axes), axis_size=size)(*arrays)
+        return results, jax.tree.map(lambda _: True, results)
+
+    @jax.custom_vjp
+    def together(*arrays: Any) -> Any:
+        return launch(*arrays)
+
+    together.defvjp(lambda *arrays: jax.vjp(apart, *arrays), lambda vjp, cotangents: vjp(cotangents))
+    return together(*arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # layers of one shape are traced and compiled once
+def _launch(
+    problem: Problem, implementation: str, rows: Rows, q: Array, k: Array, v: Array, sinks: Any, buffer: RingBuffer
+) -> Any:
+    run = _kernels.IMPLEMENTATIONS[implementation].append_attend
+    k, v = k.astype(buffer.k.dtype), v.astype(buffer.v.dtype)
+    out, lse, ring_k, ring_v = run(problem, rows, q, k, v, buffer.k, buffer.v, sinks)
+    added = q.shape[1] if rows.q_length is None else rows.q_length
+    length = buffer.length + added
+    written = jnp.maximum(buffer.written, length)
+    return out, lse, dataclasses.replace(buffer, k=ring_k, v=ring_v, length=length, written=written)

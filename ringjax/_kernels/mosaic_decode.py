@@ -1,0 +1,599 @@
+"""Attention of a few tokens to a ring on Hopper in Pallas Mosaic GPU, reading the ring once, in storage order.
+
+A program has one kv head of one row and all queries of its group. The products are turned around: S^T = K Q^T and
+O^T = V^T P^T, so that the keys and the head size fill WGMMA's 64 rows and the few queries are its columns (8 at least).
+Nothing is padded to 64 queries, and a step's softmax works on block_size x 8 numbers. One warpgroup computes, one
+loads.
+
+The tiles of one head may be split over the programs of a thread-block cluster: their partial results go to the first
+one's shared memory and are merged there. The new tokens can be written by the same launch (`append_attend`): the
+program that reads a slot writes it first, and reads that tile last.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from ringjax._kernels.mosaic_tile import BY_COLUMN, LOG2E, pad_axis, plgpu, rounded_up, swizzled
+from ringjax._kernels.problem import Problem, Rows
+from ringjax._kernels.tiles import MosaicDecodeTiles, mosaic_decode_tiles
+from ringjax._schedule import slot_tiles
+from ringjax._slots import slot_of_position
+
+LAYOUT = plgpu.Layout
+PIECE = 64  # rows of a warpgroup's product
+MOST_NEW = 16
+"""Tokens that one launch writes."""
+FLOOR = -1e30
+"""Where a running maximum begins: finite, so that no exponential of a difference is NaN."""
+
+
+def most_rows(problem: Problem) -> int:
+    """Queries of a program; more are split over programs, each of which reads the ring."""
+    return 64 if max(problem.head_dim, problem.value_dim) <= 128 else 32  # more would spill registers
+
+
+def writes(problem: Problem) -> bool:
+    """Whether `append_attend` can write the call's tokens itself: no two programs then read what one of them writes."""
+    together = problem.queries * problem.group <= most_rows(problem)
+    return together and problem.queries <= MOST_NEW and problem.q_stride == 1 and not problem.quantised
+
+
+def forward(
+    problem: Problem,
+    rows: Rows,
+    q: Array,
+    k: Array,
+    v: Array,
+    sink_logits: Array | None,
+    *,
+    tiles: MosaicDecodeTiles | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """Output [B, T, N, Hv] in `out_dtype`, and the lse of the keys alone, float32 [B, N, T].
+
+    Args:
+      problem, rows: of the call, whose layout is a ring's.
+      q: [B, T, N, H], bfloat16 or float16.
+      k, v: [B, K, C, H] and [B, K, C, Hv] in storage order, of the same dtype.
+      sink_logits: [N] or None.
+      tiles: None: the tuned ones.
+      interpret: `plgpu.InterpretGPUParams` to run on a CPU: tests do.
+    """
+    return _launch(problem, rows, q, k, v, None, sink_logits, tiles, interpret)
+
+
+def append_attend(
+    problem: Problem,
+    rows: Rows,
+    q: Array,
+    k: Array,
+    v: Array,
+    ring_k: Array,
+    ring_v: Array,
+    sink_logits: Array | None,
+    *,
+    tiles: MosaicDecodeTiles | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Writes T tokens and attends to the ring with them, in one launch: output, lse and the new ring.
+
+    The ring is written in place where the caller donates it or does not use it again; XLA copies it otherwise.
+
+    Args:
+      problem: of the call; `writes(problem)` holds.
+      rows: of the ring *before* the tokens: `q_start` is its length.
+      q, k, v: of the tokens: [B, T, N, H], [B, T, K, H] and [B, T, K, Hv].
+      ring_k, ring_v: [B, K, C, H] and [B, K, C, Hv] in storage order.
+      sink_logits, tiles, interpret: as for `forward`.
+    """
+    assert writes(problem)
+    k_ref, v_ref = jax.new_ref(ring_k), jax.new_ref(ring_v)
+    out, lse = _launch(problem, rows, q, k_ref, v_ref, (k, v), sink_logits, tiles, interpret)
+    return out, lse, jax.freeze(k_ref), jax.freeze(v_ref)
+
+
+class _Row(NamedTuple):
+    """What one row of the batch sees of its ring: int32 scalars.
+
+    Attributes:
+      newest: the age of slot `sinks`, the newest token's being 0.
+      oldest: the greatest age that any query sees; -1: none.
+      youngest: the least age that any query sees.
+      first_oldest, first_youngest: of query 0, were it alone; those of query t are less by t.
+      held: the greatest age that the ring still holds; -1: none.
+      pinned: sinks that query 0 sees on its left and up to the window's right, stored or not; None: all.
+      pinned_held: sinks that are stored.
+    """
+
+    newest: Any
+    oldest: Any
+    youngest: Any
+    first_oldest: Any
+    first_youngest: Any
+    held: Any
+    pinned: Any
+    pinned_held: Any
+
+
+def _row(problem: Problem, start: Any, real: Any, length: Any, written: Any) -> _Row:
+    """Of a row with `real` queries from position `start` on."""
+    window, around = problem.window, problem.keys - problem.window.sinks
+    assert window.left is not None
+    whole = (written - length <= problem.slack) & (real > 0)
+    newest = length - window.sinks - 1
+    held = jnp.where(whole, jnp.minimum(newest, length - written + around - 1), -1)
+    last = (real - 1) * problem.q_stride
+    first_oldest = length - 1 - start + window.left
+    first_youngest = pinned = None
+    youngest = jnp.int32(0)
+    pinned_held = jnp.where(whole, jnp.minimum(length, window.sinks), 0)
+    if window.right is not None:
+        first_youngest = length - 1 - start - window.right
+        youngest = jnp.maximum(first_youngest - last, 0)
+        pinned = start + window.right + 1
+    return _Row(
+        newest=lax.rem(jnp.maximum(newest, 0), jnp.int32(around)),
+        oldest=jnp.minimum(held, first_oldest),
+        youngest=youngest,
+        first_oldest=first_oldest,
+        first_youngest=first_youngest,
+        held=held,
+        pinned=pinned,
+        pinned_held=pinned_held,
+    )
+
+
+def _launch(
+    problem: Problem,
+    rows: Rows,
+    q: Array,
+    k: Any,
+    v: Any,
+    new: tuple[Array, Array] | None,
+    sink_logits: Array | None,
+    tiles: MosaicDecodeTiles | None,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """The kernel; `k` and `v` are references, written to, if there are new tokens."""
+    batch, chunk, kv_heads, group = problem.batch, problem.queries, problem.kv_heads, problem.group
+    depth, value_depth = (rounded_up(x, PIECE) for x in (problem.head_dim, problem.value_dim))
+    dtype, out_dtype, f32 = q.dtype, jnp.dtype(problem.out_dtype), jnp.float32
+    capacity, window = problem.keys, problem.window
+    sinks, around = window.sinks, problem.keys - window.sinks
+    packed = chunk * group
+    q = pad_axis(q, 3, depth)
+    row_tiles = -(-packed // most_rows(problem))
+    width = min(rounded_up(packed, 8), most_rows(problem))  # queries of a program
+    tiles = tiles or mosaic_decode_tiles(
+        problem.tiles,
+        programs=batch * kv_heads * row_tiles,
+        slots=capacity,
+        rows=width,
+        head_dim=depth,
+        value_dim=value_depth,
+    )
+    block, stages, splits = tiles.block_size, tiles.stages, tiles.splits
+    pieces = range(0, block, PIECE)
+    overlap = tiles.overlap and interpret is None
+    # One token's queries are rows as they are: a program reads those past its group too (they belong to the next
+    # head, and are zeros past the end), and writes its own only. A chunk's are put together first.
+    direct = chunk == 1 and row_tiles == 1
+    if direct:
+        stride, written_rows = group, group
+        q = q.reshape(batch * kv_heads * group, -1)
+        if interpret is not None:  # whose loads end where the array does
+            q = pad_axis(q, 0, q.shape[0] + width - group)
+    else:
+        stride, written_rows = row_tiles * width, width
+        q = jnp.moveaxis(q.reshape(batch, chunk, kv_heads, group, -1), 1, 2)
+        q = pad_axis(q.reshape(batch, kv_heads, packed, -1), 2, stride).reshape(batch * kv_heads * stride, -1)
+    out_rows = batch * kv_heads * stride
+
+    operands: dict[str, Any] = {"q": q, "start": rows.q_start, "length": rows.length, "written": rows.written}
+    if rows.q_length is not None:
+        operands["q_length"] = rows.q_length
+    if sink_logits is not None:
+        by_row = jnp.tile(sink_logits.astype(f32).reshape(kv_heads, 1, group), (1, chunk, 1)) * LOG2E
+        operands["sink_logits"] = pad_axis(by_row.reshape(kv_heads, packed), 1, row_tiles * width).reshape(-1)
+    if new is not None:
+        operands |= {"new_k": new[0], "new_v": new[1]}
+    operands |= {"k": k, "v": v}
+
+    def kernel(*refs: Any, **scratch: Any) -> None:
+        ref = dict(zip((*operands, "out", "lse"), refs, strict=True))
+        p_smem = scratch["p_smem"]
+        # One memory in two forms: what a load writes, what a product reads.
+        (q_into, q_smem), (k_into, k_smem), (v_into, v_smem) = (
+            (scratch[n], scratch[n]) if interpret is not None else scratch[n] for n in ("q_smem", "k_smem", "v_smem")
+        )
+        q_full, k_full, k_free = scratch["q_full"], scratch["k_full"], scratch["k_free"]
+        v_full, v_free = scratch["v_full"], scratch["v_free"]
+        split, row_tile, head, b, role = (lax.axis_index(n) for n in ("split", "rows", "head", "batch", "role"))
+        if overlap:  # set up while the kernel before this one ends; no memory is touched before it has
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        start, real = ref["start"][b], jnp.int32(chunk) if "q_length" not in ref else ref["q_length"][b]
+        length, written = ref["length"][b], ref["written"][b]
+        before = length
+        if new is not None:
+            length = length + real
+            written = jnp.maximum(written, length)
+        row = _row(problem, start, real, length, written)
+        low, first, end = slot_tiles(
+            sinks + row.newest, row.oldest + 1, row.pinned_held, sinks=sinks, capacity=capacity, block_size=block
+        )
+        all_tiles = low + end - first
+        share = lax.div(all_tiles + (splits - 1), jnp.int32(splits))
+        mine = jnp.minimum(split * share, all_tiles)
+        count = jnp.minimum(share, all_tiles - mine)
+
+        def visit_of(slot: Any) -> Any:
+            """The place of a slot's tile among this program's; not in [0, count): another program has it."""
+            tile = lax.div(slot, jnp.int32(block))
+            return jnp.where(tile < low, tile, low + tile - first) - mine
+
+        turn = jnp.int32(0)
+        if new is not None:  # the newest token's tile comes last: its writing hides behind the other loads
+            last_visit = visit_of(_slot(problem, length - 1) if sinks else row.newest)
+            turn = jnp.where((last_visit >= 0) & (last_visit < count), last_visit + 1, 0)
+
+        def tile_at(step: Any) -> Any:
+            place = step + turn
+            place = mine + jnp.where(place >= count, place - count, place)
+            return jnp.where(place < low, place, first + place - low)
+
+        q_row = (b * kv_heads + head) * stride + row_tile * width
+
+        @pl.when(role == 0)
+        def _compute() -> None:
+            def across(x: Any) -> Any:
+                """One number per query, to [PIECE, queries]."""
+                return lax.broadcast_in_dim(x, (PIECE, width), [1])
+
+            time: Any = None  # each query's index in the chunk, where that matters
+            if chunk > 1 and (problem.q_stride or "q_length" in ref):
+                column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=BY_COLUMN) + row_tile * width
+                time = lax.div(column, jnp.full_like(column, group))
+            oldest, youngest, pinned = jnp.minimum(row.held, row.first_oldest), row.first_youngest, row.pinned
+            if time is not None:
+                shift = time * problem.q_stride
+                oldest = jnp.minimum(row.first_oldest - shift, row.held)
+                oldest = across(jnp.where(time < real, oldest, -1))
+                youngest = None if youngest is None else across(youngest - shift)
+                pinned = None if pinned is None else pinned + shift
+            if sinks:
+                pinned = row.pinned_held if pinned is None else jnp.minimum(pinned, row.pinned_held)
+                if time is not None:
+                    pinned = jnp.where(time < real, pinned, 0)
+                    pinned = across(pinned)
+
+            def seen(slot: Any, oldest: Any, youngest: Any, pinned: Any) -> Any:
+                age = row.newest - (slot - sinks)
+                age = jnp.where(age < 0, age + around, age)
+                found = age <= oldest
+                if youngest is not None:
+                    found = found & (age >= youngest)
+                if sinks:
+                    found = jnp.where(slot < sinks, slot < pinned, found)
+                if capacity % block:
+                    found = found & (slot < capacity)
+                return found
+
+            def clear(step: Any, stage: Any) -> None:
+                """Zeros the values that no query sees: they may be NaN, and 0 * NaN is NaN."""
+                tile_start = tile_at(step) * block
+                top = row.newest - (tile_start - sinks)
+                top = jnp.where(top < 0, top + around, top)
+                # Either all slots are younger than the first, or the newest and the oldest are both in the tile.
+                greatest = jnp.where(top >= block - 1, top, around - 1)
+                whole = (tile_start >= sinks) & (greatest <= row.oldest) & (row.youngest == 0)
+                if capacity % block:
+                    whole = whole & (tile_start + block <= capacity)
+
+                @pl.when(jnp.logical_not(whole))
+                def _() -> None:
+                    any_pinned = row.pinned_held
+                    if row.pinned is not None:
+                        last = (real - 1) * problem.q_stride
+                        any_pinned = jnp.minimum(any_pinned, row.pinned + last)
+                    for c in pieces:
+                        for j in range(value_depth // PIECE):
+                            at = v_smem.at[stage, j, pl.ds(c, PIECE)]
+                            slot = plgpu.broadcasted_iota(jnp.int32, (PIECE, PIECE), 0, layout=LAYOUT.WGMMA)
+                            keep = seen(slot + (tile_start + c), row.oldest, row.youngest, any_pinned)
+                            values = plgpu.load(at, layout=LAYOUT.WGMMA)
+                            at[...] = jnp.where(keep, values, jnp.zeros_like(values))
+                    plgpu.commit_smem()
+
+            plgpu.barrier_wait(q_full)
+
+            def logits(stage: Any) -> Any:
+                def product(acc: Any) -> Any:
+                    for j in range(depth // PIECE):
+                        plgpu.wgmma(acc, k_smem.at[stage, j], q_smem.at[j].T)
+                    return acc[...]
+
+                return pl.run_scoped(product, plgpu.ACC((block, width), f32))
+
+            def add_values(total: tuple[Any, ...], stage: Any) -> tuple[Any, ...]:
+                if interpret is not None:
+                    weights = p_smem[...].T
+                    found = [
+                        jnp.dot(v_smem[stage, j].T, weights, preferred_element_type=f32) for j in range(len(total))
+                    ]
+                    plgpu.commit_smem()
+                    return tuple(x + y for x, y in zip(total, found, strict=True))
+
+                def product(accs: Any) -> None:
+                    for j, acc in enumerate(accs):
+                        plgpu.wgmma(acc, v_smem.at[stage, j].T, p_smem.T)
+
+                return pl.run_state(product)(tuple(plgpu.ACC.init(x) for x in total))
+
+            factor = problem.scale * LOG2E if problem.softcap is None else problem.softcap * LOG2E
+
+            def step(i: Any, carry: Any) -> Any:
+                total, largest, normaliser = carry
+                stage = lax.rem(i, jnp.int32(stages))
+                plgpu.barrier_wait(k_full.at[stage])
+                whole = logits(stage)
+                plgpu.barrier_arrive(k_free.at[stage])
+                s = []
+                for c in pieces:
+                    x = whole[c : c + PIECE]
+                    if problem.softcap is not None:
+                        x = jnp.tanh(x * (problem.scale / problem.softcap))
+                    slot = plgpu.broadcasted_iota(jnp.int32, (PIECE, width), 0, layout=LAYOUT.WGMMA)
+                    mask = seen(slot + (tile_at(i) * block + c), oldest, youngest, pinned)
+                    s.append(jnp.where(mask, x, -jnp.inf))
+                new_largest = jnp.maximum(largest, functools.reduce(jnp.maximum, s).max(axis=0) * factor)
+                shrink = jnp.exp2(largest - new_largest)
+                p = [jnp.exp2(x * factor - across(new_largest)) for x in s]
+                # By key until the end: summing over keys crosses the warps.
+                shrink = across(shrink)
+                normaliser = normaliser * shrink + functools.reduce(jnp.add, p)
+                total = tuple(x * shrink for x in total)
+                for x, c in zip(p, pieces, strict=True):
+                    at = p_smem.at[:, pl.ds(c, PIECE)]
+                    at.T[...] = plgpu.layout_cast(x.astype(dtype), LAYOUT.WGMMA_TRANSPOSED)
+                plgpu.commit_smem()
+                plgpu.barrier_wait(v_full.at[stage])
+                clear(i, stage)
+                total = add_values(total, stage)
+                plgpu.barrier_arrive(v_free.at[stage])
+                return total, new_largest, normaliser
+
+            zeros = plgpu.layout_cast(jnp.zeros((PIECE, width), f32), LAYOUT.WGMMA)
+            total = (zeros,) * (value_depth // PIECE)
+            largest = plgpu.layout_cast(jnp.full((width,), FLOOR, f32), BY_COLUMN)
+            total, largest, normaliser = lax.fori_loop(0, count, step, (total, largest, zeros))
+            largest = across(largest)
+
+            def share_and_lse(largest: Any, normaliser: Any) -> tuple[Any, Any]:
+                """From the maximum and the sums by key, both [PIECE, queries]; the same in all rows."""
+                normaliser = across(normaliser.sum(axis=0))
+                found = normaliser > 0.0
+                sum_of_all = normaliser
+                if "sink_logits" in ref:
+                    at = ref["sink_logits"].at[pl.ds((head * row_tiles + row_tile) * width, width)]
+                    sink = across(plgpu.load(at, layout=BY_COLUMN, optimized=False))
+                    sum_of_all = sum_of_all + jnp.exp2(sink - largest)
+                share = jnp.where(found, 1.0 / sum_of_all, 0.0)
+                lse = jnp.where(found, largest * (1.0 / LOG2E) + jnp.log(normaliser), -jnp.inf)
+                return share, lse
+
+            def write(parts: list[Any], lse: Any) -> None:
+                out_smem, lse_smem = scratch["out_smem"], scratch["lse_smem"]
+                for j, part in enumerate(parts):
+                    at = out_smem.at[:, pl.ds(PIECE * j, PIECE)]
+                    _store(at.T, plgpu.layout_cast(part.astype(out_dtype), LAYOUT.WGMMA_TRANSPOSED))
+                _store(lse_smem, lse)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, written_rows)], ref["out"].at[pl.ds(q_row, written_rows)])
+                at = (b * kv_heads + head) * row_tiles + row_tile
+                plgpu.copy_smem_to_gmem(lse_smem.at[0], ref["lse"].at[at])
+                plgpu.wait_smem_to_gmem(0)
+
+            if splits == 1:
+                weight, lse = share_and_lse(largest, normaliser)
+                write([x * weight for x in total], lse)
+                return
+            peer_smem, peer_full = scratch["peer_smem"], scratch["peer_full"]
+
+            @pl.when(split > 0)
+            def _send() -> None:
+                def put(x: Any, at: int) -> None:
+                    plgpu.async_store_smem(
+                        x,
+                        peer_smem.at[split - 1, pl.ds(at, PIECE)],
+                        peer_full,
+                        cluster_idx=jnp.int32(0),
+                        cluster_dim="split",
+                    )
+
+                for j, x in enumerate(total):
+                    put(x, PIECE * j)
+                put(largest, value_depth)
+                put(normaliser, value_depth + PIECE)
+
+            @pl.when(split == 0)
+            def _merge() -> None:
+                plgpu.barrier_wait(peer_full)
+
+                def get(peer: int, at: int) -> Any:
+                    return plgpu.load(peer_smem.at[peer, pl.ds(at, PIECE)], layout=LAYOUT.WGMMA)
+
+                peers = range(splits - 1)
+                maxima = [largest, *(get(i, value_depth) for i in peers)]
+                top = functools.reduce(jnp.maximum, maxima)
+                weights = [jnp.exp2(x - top) for x in maxima]
+                sums = [normaliser, *(get(i, value_depth + PIECE) for i in peers)]
+                weight, lse = share_and_lse(
+                    top, functools.reduce(jnp.add, [w * x for w, x in zip(weights, sums, strict=True)])
+                )
+                weights = [w * weight for w in weights]
+
+                def mix(j: int) -> Any:
+                    found = [total[j], *(get(i, PIECE * j) for i in peers)]
+                    return functools.reduce(jnp.add, [w * x for w, x in zip(weights, found, strict=True)])
+
+                write([mix(j) for j in range(len(total))], lse)
+
+        @pl.when(role == 1)
+        def _load() -> None:
+            zero = lax.rem(row_tile, jnp.int32(1))  # a start that is not constant may have an end past the array's
+
+            def fetch(rows_of: Any, into: Any, full: Any) -> None:
+                """Rows, 64 columns at a time; past the end of the array or of its rows there are zeros."""
+                for j in range(into.shape[0]):
+                    columns = rows_of.at[:, pl.ds(zero + PIECE * j, PIECE)]
+                    plgpu.copy_gmem_to_smem(columns, into.at[j], full)
+
+            fetch(ref["q"].at[pl.ds(q_row, width)], q_into, q_full)
+            ready = issue = jnp.int32(-1)  # the steps before which the new tokens are in the ring, are sent there
+            if new is not None:
+                new_k, new_v, new_full = scratch["new_k"], scratch["new_v"], scratch["new_full"]
+
+                def visits(t: Any) -> tuple[Any, Any]:
+                    slot = _slot(problem, before + t)
+                    if chunk == 1:
+                        return slot, jnp.where((turn > 0) & (real > 0), count - 1, count)
+                    visit = visit_of(slot)
+                    step = visit - turn
+                    step = jnp.where(step < 0, step + count, step)
+                    return slot, jnp.where((visit >= 0) & (visit < count) & (t < real), step, count)
+
+                ready = count
+                for t in range(chunk):
+                    ready = jnp.minimum(ready, visits(jnp.int32(t))[1])
+                issue = jnp.minimum(ready, stages)
+
+                @pl.when(ready < count)
+                def _fetch() -> None:
+                    at = (b, pl.ds(0, chunk), head)
+                    for name, into in (("new_k", new_k), ("new_v", new_v)):
+                        tokens = ref[name].at[(*at, pl.ds(zero, into.shape[1]))]
+                        plgpu.copy_gmem_to_smem(tokens, into, new_full)
+
+            def put_new() -> None:
+                plgpu.barrier_wait(new_full)
+
+                def put(t: Any, _: Any) -> Any:
+                    slot, step = visits(t)
+
+                    @pl.when(step < count)
+                    def _here() -> None:
+                        for name, tokens, size in (("k", new_k, problem.head_dim), ("v", new_v, problem.value_dim)):
+                            plgpu.copy_smem_to_gmem(tokens.at[t, pl.ds(0, size)], ref[name].at[b, head, slot])
+
+                    return ()
+
+                if chunk == 1:
+                    put(jnp.int32(0), ())
+                else:
+                    lax.fori_loop(0, chunk, put, ())
+
+            def load(i: Any, _: Any) -> Any:
+                stage, slots = lax.rem(i, jnp.int32(stages)), pl.ds(tile_at(i) * block, block)
+                if new is not None:
+                    pl.when((i == issue) & (ready < count))(put_new)
+                    # Written, not merely read from shared memory: the load must see it.
+                    pl.when(i == ready)(lambda: plgpu.wait_smem_to_gmem(0))
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[stage]))
+                fetch(ref["k"].at[b, head, slots], k_into.at[stage], k_full.at[stage])
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[stage]))
+                fetch(ref["v"].at[b, head, slots], v_into.at[stage], v_full.at[stage])
+                return ()
+
+            lax.fori_loop(0, count, load, ())
+            if interpret is not None:  # which wants every completed phase of a barrier observed
+
+                def drain(i: Any, _: Any) -> Any:
+                    plgpu.barrier_wait(k_free.at[lax.rem(i, jnp.int32(stages))])
+                    plgpu.barrier_wait(v_free.at[lax.rem(i, jnp.int32(stages))])
+                    return ()
+
+                lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
+
+    scratch = {
+        "q_smem": _two_forms((depth // PIECE, width, PIECE), dtype, interpret),
+        "k_smem": _two_forms((stages, depth // PIECE, block, PIECE), dtype, interpret),
+        "v_smem": _two_forms((stages, value_depth // PIECE, block, PIECE), dtype, interpret),
+        "p_smem": swizzled((width, block), dtype),
+        "out_smem": plgpu.SMEM((width, value_depth), out_dtype),
+        "lse_smem": plgpu.SMEM((PIECE, width), f32),
+        "q_full": plgpu.Barrier(num_arrivals=depth // PIECE),
+        "k_full": plgpu.Barrier(num_arrivals=depth // PIECE, num_barriers=stages),
+        "k_free": plgpu.Barrier(num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=value_depth // PIECE, num_barriers=stages),
+        "v_free": plgpu.Barrier(num_barriers=stages),
+    }
+    if new is not None:
+        scratch["new_k"] = plgpu.SMEM((chunk, depth), dtype)
+        scratch["new_v"] = plgpu.SMEM((chunk, value_depth), dtype)
+        scratch["new_full"] = plgpu.Barrier(num_arrivals=2)
+    grid: dict[str, Any] = {"grid": (row_tiles, kv_heads, batch), "grid_names": ("rows", "head", "batch")}
+    if splits > 1:
+        # Stores into another program's shared memory want 8 floats a row: a swizzle of 32 bytes.
+        transforms = (plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32))
+        scratch["peer_smem"] = plgpu.SMEM((splits - 1, value_depth + 2 * PIECE, width), f32, transforms=transforms)
+        scratch["peer_full"] = plgpu.Barrier(num_arrivals=(value_depth // PIECE + 2) * (splits - 1))
+        grid |= {"cluster": (splits,), "cluster_names": ("split",)}
+    else:
+        grid = {"grid": (1, *grid["grid"]), "grid_names": ("split", *grid["grid_names"])}
+    out, lse = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((out_rows, value_depth), out_dtype),
+            jax.ShapeDtypeStruct((batch * kv_heads * row_tiles, width), f32),
+        ],
+        num_threads=2,
+        thread_name="role",
+        scratch_types=scratch,
+        # Warpgroup semantics finds no layouts for these products (jax 0.11.2). What a warp rewrites in shared memory
+        # other warps have read: the maximum over keys and `commit_smem` hold barriers.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=1024,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **grid,
+        **({} if interpret is None else {"interpret": interpret}),
+    )(*operands.values())
+    lse = lse.reshape(batch, kv_heads, -1)[:, :, :packed].reshape(batch, kv_heads, chunk, group)
+    lse = jnp.moveaxis(lse, 2, 3).reshape(batch, problem.heads, chunk)
+    out = out[:, : problem.value_dim]
+    if not direct:
+        out = out.reshape(batch, kv_heads, stride, -1)[:, :, :packed]
+        out = jnp.moveaxis(out.reshape(batch, kv_heads, chunk, group, -1), 2, 1)
+    return out.reshape(batch, chunk, problem.heads, problem.value_dim), lse
+
+
+def _store(ref: Any, value: Any) -> None:
+    """To shared memory that is not tiled, with conflicts of banks: it is little, and only once."""
+    if hasattr(plgpu, "store"):  # jax >= 0.12, which refuses conflicts elsewhere
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def _slot(problem: Problem, position: Any) -> Any:
+    """Scalar, for positions that may be negative: those of rows without tokens, whose slot nobody uses."""
+    return slot_of_position(jnp.maximum(position, 0), sinks=problem.window.sinks, capacity=problem.keys)
+
+
+def _two_forms(shape: tuple[int, ...], dtype: Any, interpret: Any) -> Any:
+    """Shared memory for tiles of [slots, 64]: as rows, of which a load takes any, and as WGMMA's tiles.
+
+    Both are the same bytes: 8 rows of 128 bytes are one of WGMMA's tiles. But a load into tiles would want the ring's
+    capacity to be a multiple of 8.
+    """
+    if interpret is not None:
+        return plgpu.SMEM(shape, dtype)
+    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),)), swizzled(shape, dtype))

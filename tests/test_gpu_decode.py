@@ -1,0 +1,218 @@
+"""The Hopper decode kernel on the GPU it is for: `pytest -m gpu tests/test_gpu_decode.py`, faster with `-n 8`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ring_cases
+from ring_cases import RingCase
+
+import ringjax as rj
+from ringjax import Window
+from ringjax._kernels import mosaic, resolve
+from ringjax._kernels.tiles import MosaicDecodeTiles
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    """Skips where the kernel does not run."""
+    device = jax.devices()[0]
+    problem = dataclasses.replace(ONE.problem, platform=device.platform, device_kind=device.device_kind)
+    if resolve(problem, "attend", None) != "mosaic":
+        pytest.skip(f"the kernel is for Hopper GPUs and jax >= 0.11, not for {device.device_kind}")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+ONE = RingCase("one", Window.causal(1000), head_dim=128, value_dim=128, heads=8, kv_heads=2, batch=5)
+CASES = [
+    ONE,
+    ONE.replace(name="64", head_dim=64, value_dim=64, slack=3),
+    ONE.replace(name="256", head_dim=256, value_dim=256, window=Window.causal(300, sinks=2)),
+    ONE.replace(name="80-96", head_dim=80, value_dim=96, dtype="float16"),
+    ONE.replace(name="192-128", head_dim=192, value_dim=128),
+    ONE.replace(name="group-1", heads=2, slack=1),
+    ONE.replace(name="group-3", heads=6, dtype="float16"),
+    ONE.replace(name="group-12", heads=24),
+    ONE.replace(name="one-kv-head", heads=16, kv_heads=1),
+    ONE.replace(name="one-row", batch=1, kv_heads=1, heads=4, window=Window.causal(2000), lengths=(5000,)),
+    ONE.replace(name="tiny", window=Window.causal(1)),
+    ONE.replace(name="narrow", window=Window.causal(5, sinks=3), slack=9),
+    ONE.replace(name="many-sinks", window=Window.causal(300, sinks=200)),
+    ONE.replace(name="logits", softcap=4.0, sink_logits=True, window=Window.causal(500, sinks=5), slack=7),
+    ONE.replace(name="ragged", ragged=True, batch=8, slack=12, rolled_back=True),
+    ONE.replace(name="much-slack", slack=1500, window=Window.causal(400), rolled_back=True),
+    ONE.replace(name="chunk-4", queries=4, slack=5, window=Window.causal(700, sinks=3), rolled_back=True),
+    ONE.replace(name="chunk-16", queries=16, slack=15, ragged=True, batch=6),
+    ONE.replace(name="chunk-16-256", queries=16, slack=20, kv_heads=4, head_dim=256, value_dim=256, ragged=True),
+    ONE.replace(name="chunk-8-narrow", queries=8, slack=9, window=Window.causal(3, sinks=2), ragged=True),
+    ONE.replace(name="chunk-7-right", queries=7, slack=9, window=Window(200, 2, 4)),
+    ONE.replace(
+        name="chunk-logits", queries=3, slack=2, softcap=4.0, sink_logits=True, window=Window.causal(90, sinks=70)
+    ),
+]
+READING = [
+    ONE.replace(name="read"),
+    ONE.replace(name="memory", memory=True, window=Window(399, 399), out_dtype="float32", queries=3),
+    ONE.replace(name="memory-ragged", memory=True, window=Window.causal(399, sinks=6), queries=5, ragged=True, slack=4),
+    ONE.replace(name="long-chunk", queries=100, slack=99, out_dtype="float32", sink_logits=True),
+    ONE.replace(name="long-chunk-256", queries=40, slack=99, head_dim=256, value_dim=128, ragged=True),
+    ONE.replace(name="many-heads", heads=71, kv_heads=1),
+]
+
+
+def runs(case):
+    """Reading and, where there is one, the launch that writes too; jitted."""
+
+    def read(rows, q, k, v, sinks, tiles=None):
+        return mosaic.forward(case.problem, rows, q, k, v, sinks, tiles=tiles)
+
+    def write(rows, q, k, v, ring_k, ring_v, sinks, tiles=None):
+        return mosaic.append_attend(case.problem, rows, q, k, v, ring_k, ring_v, sinks, tiles=tiles)
+
+    return jax.jit(read, static_argnames="tiles"), jax.jit(write, static_argnames="tiles")
+
+
+def check(case, tiles=None, seeds=3):
+    read, write = runs(case)
+    for seed in range(seeds):
+        made = ring_cases.make(case, seed)
+        out, lse = read(made.rows_after, made.q, *made.after, made.sinks, tiles=tiles)
+        ring_cases.check(made, out, lse)
+        if mosaic.writes(case.problem):
+            tokens = made.q, made.k, made.v
+            out, lse, *ring = write(made.rows_before, *tokens, *made.before, made.sinks, tiles=tiles)
+            ring_cases.check(made, out, lse)
+            ring_cases.check_ring(made, *ring)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_write_and_read(case):
+    assert mosaic.writes(case.problem)
+    check(case)
+
+
+@pytest.mark.parametrize("case", READING, ids=str)
+def test_read(case):
+    check(case)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", [CASES[13], CASES[16], CASES[15]], ids=str)
+def test_every_number_of_splits(case, splits):
+    check(case, MosaicDecodeTiles(block_size=64, stages=2, splits=splits))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("block", [64, 128])
+def test_every_tile(block, stages):
+    check(ONE.replace(name="tiles", slack=37, rolled_back=True), MosaicDecodeTiles(block, stages, 2), seeds=2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attend_writes_in_place(tokens):
+    """`attend` under jit takes the one launch, copies no ring, and gives what xla gives."""
+    ring = rj.RingBuffer.empty(2, 2, 64, Window.causal(300, sinks=2), slack=3)
+    shape = 2, tokens
+    q, k, v = (jax.random.normal(jax.random.key(i), (*shape, n, 64), jnp.bfloat16) for i, n in enumerate((4, 2, 2)))
+
+    def step(ring, implementation):
+        return rj.attend(q, k, v, ring, implementation=implementation)
+
+    ours = jax.jit(lambda ring: step(ring, None), donate_argnums=0).lower(ring).compile()
+    text = ours.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 1 and "output_to_operand_aliasing" in text
+    assert ours.memory_analysis().temp_size_in_bytes < ring.k.nbytes
+    theirs = jax.jit(lambda ring: step(ring, "xla"))
+    other = jax.tree.map(jnp.copy, ring)
+    for _ in range(250):
+        out, ring = ours(ring)
+        exact, other = theirs(other)
+    np.testing.assert_array_equal(ring.length, other.length)
+    np.testing.assert_array_equal(np.asarray(ring.k), np.asarray(other.k))
+    np.testing.assert_allclose(np.float32(out), np.float32(exact), atol=0.02)
+
+
+def test_gradients_take_the_other_way():
+    """Where a derivative is asked for, the tokens are written first; the derivative of reading is xla's."""
+    ring = rj.RingBuffer.empty(2, 2, 64, Window.causal(100), slack=3)
+    _, ring = rj.attend(*arrays(40), ring)
+
+    def loss(tokens, implementation):
+        out, after = rj.attend(*tokens, ring, implementation=implementation)
+        return out.astype(jnp.float32).sum() + after.v.astype(jnp.float32).sum()
+
+    tokens = arrays(2)
+    found, exact = (jax.jit(jax.grad(loss), static_argnums=1)(tokens, name) for name in ("mosaic", "xla"))
+    for x, y in zip(found, exact, strict=True):
+        np.testing.assert_allclose(np.float32(x), np.float32(y), atol=0.03)
+
+
+def arrays(tokens, seed=0, batch=2, heads=4, kv_heads=2, head_dim=64):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((batch, tokens, n, head_dim) for n in (heads, kv_heads, kv_heads))
+    return tuple(jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=True))
+
+
+def test_vmap_of_attend():
+    """Over a batch of calls the two steps are taken one after the other."""
+    ring = rj.RingBuffer.empty(2, 2, 64, Window.causal(60), slack=3)
+    rings = jax.tree.map(lambda x: jnp.stack([x] * 3), ring)
+    tokens = tuple(jnp.stack(x) for x in zip(*(arrays(2, seed) for seed in range(3)), strict=True))
+    out, after = jax.jit(jax.vmap(lambda q, k, v, ring: rj.attend(q, k, v, ring)))(*tokens, rings)
+    for i in range(3):
+        exact, alone = rj.attend(*(x[i] for x in tokens), ring)
+        np.testing.assert_allclose(np.float32(out[i]), np.float32(exact), atol=0.02)
+        np.testing.assert_array_equal(np.asarray(after.k[i]), np.asarray(alone.k))
+
+
+SOAK_STEPS, SOAK_CHECKS = 200_000, 40
+
+
+def test_soak():
+    """200,000 tokens across thousands of wraps, as one stream; at random points, the same by a full forward pass."""
+    window, slack, batch = Window.causal(50, sinks=3), 7, 2
+    rng = np.random.default_rng(0)
+
+    def tokens(start, count):
+        """Of positions [start, start + count): the same whoever asks."""
+
+        def one(position):
+            return arrays(1, position, batch)
+
+        q, k, v = jax.vmap(one)(start + jnp.arange(count))
+        return tuple(jnp.moveaxis(x[:, :, 0], 0, 1) for x in (q, k, v))
+
+    @jax.jit
+    def run(ring, start, end):
+        def step(position, carry):
+            ring, _ = carry
+            out, ring = rj.attend(*tokens(position, 1), ring, implementation="mosaic")
+            return ring, out
+
+        return jax.lax.fori_loop(start, end, step, (ring, jnp.zeros((batch, 1, 4, 64), jnp.bfloat16)))
+
+    @jax.jit
+    def full(position):
+        near = 64
+        first = tokens(0, 3)
+        last = tokens(position - near + 1, near)
+        q = last[0][:, -1:]
+        k, v = (jnp.concatenate([a, b], axis=1) for a, b in zip(first[1:], last[1:], strict=True))
+        at = jnp.concatenate([jnp.arange(3), position - near + 1 + jnp.arange(near)])
+        return q, k, v, at
+
+    ring = rj.RingBuffer.empty(batch, 2, 64, window, slack=slack)
+    points = np.sort(rng.choice(np.arange(100, SOAK_STEPS), SOAK_CHECKS - 1, replace=False)).tolist()
+    points = [*points, SOAK_STEPS]
+    start = 0
+    for end in points:
+        ring, out = run(ring, start, end)
+        q, k, v, at = (np.asarray(x) for x in full(end - 1))
+        made = ring_cases.dense(q, k, v, at, end - 1, window)
+        ring_cases.cases.assert_close(out, *made, f"token {end - 1}")
+        start = end
