@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from ringjax import _inputs
-from ringjax._buffer import RingBuffer, _check_tokens
-from ringjax._kernels import IMPLEMENTATIONS, resolve
+from ringjax import _explicit, _in_place, _inputs, _partition
+from ringjax._buffer import RingBuffer, _as_seen, _check_tokens
+from ringjax._kernels import backward_of, resolve
 from ringjax._kernels.problem import Problem, Rows
 from ringjax._kernels.tiles import Tiles, TileSizes
+from ringjax._quantised import dequantise
 from ringjax._window import Window
 
 
@@ -24,7 +26,7 @@ def _op(
     problem: Problem, implementation: str, rows: Rows, q: Array, k: Array, v: Array, sink_logits: Array | None
 ) -> tuple[Array, Array]:
     """Output and lse; the lse is that of the keys alone, whatever the sink logits."""
-    return IMPLEMENTATIONS[implementation].forward(problem, rows, q, k, v, sink_logits)
+    return _partition.forward(problem, implementation, rows, q, k, v, sink_logits)
 
 
 def _op_forward(
@@ -51,8 +53,14 @@ def _op_backward(problem: Problem, implementation: str, residuals: Any, cotangen
         # exp(88) is near the largest float32; weights so small beside a sink are 0 anyway.
         ratio = jnp.exp(jnp.minimum(total - jnp.where(lse == -jnp.inf, total, lse), 88.0))
     delta = delta - jnp.where(lse == -jnp.inf, 0.0, g_lse) * ratio
-    dq, dk, dv = IMPLEMENTATIONS[implementation].backward(problem, rows, q, k, v, g, total, delta)
-    return None, dq, dk, dv, d_sinks
+    constant = None
+    if rows.k_scale is not None and rows.v_scale is not None:  # quantised: a constant, that the queries' gradient reads
+        k, v = dequantise(k, rows.k_scale).astype(q.dtype), dequantise(v, rows.v_scale).astype(q.dtype)
+        problem, rows = dataclasses.replace(problem, kv_dtype=str(q.dtype)), rows._replace(k_scale=None, v_scale=None)
+        constant = None, None
+    name = backward_of(problem, implementation)
+    dq, *d_kv = _partition.backward(problem, name, rows, q, k, v, g, total, delta)
+    return None, dq, *(d_kv if constant is None else constant), d_sinks
 
 
 _op.defvjp(_op_forward, _op_backward)
@@ -104,6 +112,19 @@ def attention(
       TypeError: an argument of the wrong kind.
       NotImplementedError: the named implementation cannot run this call; with its reasons.
     """
+    if (mesh := _explicit.mesh_of(q, k, v)) is not None:
+
+        def again(
+            q: Array, k: Array, v: Array, segment_ids: Any, kv_segment_ids: Any, sink_logits: Any, q_offset: Any
+        ) -> Any:
+            ids = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids, "q_offset": q_offset}
+            options = {"sink_logits": sink_logits, "softcap": softcap, "scale": scale, "return_lse": return_lse}
+            return attention(q, k, v, window, implementation=implementation, config=config, **ids, **options)
+
+        arrays = {"q": (q, "BTNH"), "k": (k, "BSKH"), "v": (v, "BSKH")}
+        split_rows, heads = _explicit.rows_and_heads("attention", arrays)
+        results = (P(split_rows, None, heads), P(split_rows, heads)) if return_lse else P(split_rows, None, heads)
+        return _explicit.run(mesh, results, again, q, k, v, segment_ids, kv_segment_ids, sink_logits, q_offset)
     problem, rows, arrays = _canonical(
         "attention", q, k, v, window, segment_ids, kv_segment_ids, sink_logits, softcap, scale, q_offset, config
     )
@@ -223,10 +244,11 @@ def attend(
 
     The tokens stand at positions `buffer.length + t` of their rows. T = 1 is a decoding step, T > 1 a chunk, of any
     length; any partition of a stream into chunks gives what one call on the whole stream gives. Differentiable in q,
-    k, v, the sink logits and the ring.
+    k, v, the sink logits and the ring; with a quantised ring, in q and the sink logits.
 
     Args:
-      q, k, v: of the new tokens, of one dtype. Keys and values are cast to the ring's dtype before they are seen.
+      q, k, v: of the new tokens, of one dtype. Keys and values are cast (or quantised) to the ring's dtype before they
+        are seen.
       buffer: the ring; its window says which keys a query sees.
       lengths: int32 [B], how many of the T tokens are real. Padding is not written, its output is 0, and it may hold
         NaN. None: all.
@@ -238,7 +260,8 @@ def attend(
     Raises:
       ValueError: shapes, dtypes or options that do not fit each other or the ring; outside jit, lengths not in 0..T.
       TypeError: an argument of the wrong kind.
-      NotImplementedError: the named implementation cannot run this call; with its reasons.
+      NotImplementedError: the named implementation cannot run this call; with its reasons. Or the ring is quantised,
+        and a gradient of k or v is asked for.
     """
     out, _, buffer = attend_with_lse(
         "attend", q, k, v, buffer, lengths, sink_logits, softcap, scale, implementation, config
@@ -262,6 +285,16 @@ def attend_with_lse(
 ) -> tuple[Array, Array, RingBuffer]:
     """`attend`, with the lse of the keys seen (without sink logits), and another dtype for the output if wanted."""
     _inputs.check_type(call, "buffer", buffer, RingBuffer)
+    if (mesh := _explicit.mesh_of(q, k, v, buffer)) is not None:
+
+        def again(q: Array, k: Array, v: Array, buffer: RingBuffer, lengths: Any, sink_logits: Any) -> Any:
+            options = (lengths, sink_logits, softcap, scale, implementation, config, out_dtype)
+            return attend_with_lse(call, q, k, v, buffer, *options)
+
+        tokens = {"q": (q, "BTNH"), "k": (k, "BTKH"), "v": (v, "BTKH")}
+        split_rows, heads = _explicit.rows_and_heads(call, {**tokens, "buffer.k": (buffer.k, "BKCH")})
+        results = (P(split_rows, None, heads), P(split_rows, heads), _explicit.specs(buffer))
+        return _explicit.run(mesh, results, again, q, k, v, buffer, lengths, sink_logits)
     _inputs.check_qkv(call, q, k, v)
     texts = {"q": _inputs.describe(q), "k": _inputs.describe(k)}
     _inputs.check_agree(call, "length", {"q": (q.shape[1], texts["q"]), "k": (k.shape[1], texts["k"])})
@@ -271,21 +304,23 @@ def attend_with_lse(
     lengths = _inputs.as_row_integers(call, "lengths", lengths, batch)
     _inputs.check_lengths(call, lengths, chunk)
     options = _options(call, q, sink_logits, softcap, scale, config)
-    q, k, v = jnp.asarray(q), jnp.asarray(k).astype(buffer.k.dtype), jnp.asarray(v).astype(buffer.v.dtype)
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     real = None
     if lengths is not None:
         real = jnp.arange(chunk, dtype=jnp.int32)[None] < lengths[:, None]
         q, k, v = (_zero_where_padding(x, real) for x in (q, k, v))
 
-    after = buffer.append(k, v, lengths=lengths)
     out_dtype = jnp.dtype(out_dtype or q.dtype).name
-    run = partial(_run, call, implementation)
     if chunk <= buffer.slack + 1:
         # What these tokens overwrite, not even the first of them still sees: the ring alone holds all.
         problem = _ring_problem(q, buffer, options, out_dtype, lengths)
-        rows = Rows(q_start=buffer.length, q_length=lengths, length=after.length, written=after.written)
-        out, lse = run(problem, rows, q, after.k, after.v, sink_logits)
+        name, rows = resolve(problem, call, implementation), _ring_rows(buffer, buffer.length, lengths)
+        read = partial(_op, problem, name)
+        out, lse, after = _in_place.append_attend(problem, name, read, rows, q, k, v, buffer, sink_logits)
     else:
+        after = buffer.append(k, v, lengths=lengths)
+        k, v = _as_seen(buffer, k, v)
+        run = partial(_run, call, implementation)
         out, lse = _attend_to_both(run, q, k, v, buffer, lengths, sink_logits, options, out_dtype)
         # A row rolled back too far reads as empty, its new tokens too.
         out = jnp.where(buffer.valid[:, None, None, None], out, jnp.zeros((), out.dtype))
@@ -307,13 +342,20 @@ def attend_to_memory(
 
     Output in float32 and lse. Each query stands where the ring's newest token does.
     """
+    if (mesh := _explicit.mesh_of(q, ring)) is not None:
+
+        def again(q: Array, ring: RingBuffer, lengths: Any) -> Any:
+            return attend_to_memory(call, q, ring, lengths, softcap, scale, implementation, config)
+
+        split_rows, heads = _explicit.rows_and_heads(call, {"q": (q, "BTNH"), "ring.k": (ring.k, "BKCH")})
+        return _explicit.run(mesh, (P(split_rows, None, heads), P(split_rows, heads)), again, q, ring, lengths)
     q = jnp.asarray(q)
     lengths = _inputs.as_row_integers(call, "lengths", lengths, q.shape[0])
     options = _options(call, q, None, softcap, scale, config)
     if lengths is not None:
         q = _zero_where_padding(q, jnp.arange(q.shape[1], dtype=jnp.int32)[None] < lengths[:, None])
     problem = dataclasses.replace(_ring_problem(q, ring, options, "float32", lengths), q_stride=0)
-    rows = Rows(q_start=ring.length - 1, q_length=lengths, length=ring.length, written=ring.written)
+    rows = _ring_rows(ring, ring.length - 1, lengths)
     return _run(call, implementation, problem, rows, q, ring.k, ring.v, None)
 
 
@@ -344,6 +386,17 @@ def _ring_problem(q: Array, ring: RingBuffer, options: dict[str, Any], out_dtype
     )
 
 
+def _ring_rows(ring: RingBuffer, q_start: Array, q_length: Array | None) -> Rows:
+    return Rows(
+        q_start=q_start,
+        q_length=q_length,
+        length=ring.length,
+        written=ring.written,
+        k_scale=ring.k_scale,
+        v_scale=ring.v_scale,
+    )
+
+
 def _attend_to_both(
     run: Any,
     q: Array,
@@ -365,7 +418,7 @@ def _attend_to_both(
     if near:
         problem = _ring_problem(q[:, :near], buffer, options, "float32", lengths)
         q_length = None if lengths is None else jnp.minimum(lengths, near)
-        rows = Rows(q_start=buffer.length, q_length=q_length, length=buffer.length, written=buffer.written)
+        rows = _ring_rows(buffer, buffer.length, q_length)
         old_out, old_lse = run(problem, rows, q[:, :near], buffer.k, buffer.v, None)
 
     segments = None
@@ -375,6 +428,7 @@ def _attend_to_both(
     problem = dataclasses.replace(
         _ring_problem(q, buffer, options, "float32", lengths),
         keys=chunk,
+        kv_dtype=str(k.dtype),
         layout="linear",
         slack=0,
         q_offset=0,

@@ -12,6 +12,7 @@ from ringjax._attention import attend, attention
 from ringjax._buffer import RingBuffer
 from ringjax._kernels.tiles import TileSizes
 from ringjax._rotary import apply_rotary, check_positions, rotary_frequencies
+from ringjax._sharding import MeshAxes, attend_over_sequence, over_sequence
 from ringjax._window import Window
 
 CALL = "SlidingWindowAttention"
@@ -34,6 +35,7 @@ class Layer:
     scale: float | None
     implementation: str | None
     config: TileSizes | None
+    axes: MeshAxes | None
 
     @classmethod
     def of(cls, module: Any) -> "Layer":
@@ -56,6 +58,9 @@ class Layer:
             rotary_frequencies(CALL, facts["head_dim"], *rotary)
         for name in ("softcap", "scale"):
             facts[name] = None if facts[name] is None else _inputs.as_positive(CALL, name, facts[name])
+        if facts["axes"] is not None:
+            hint = "ringjax.sharding.MeshAxes(sequence='sequence') splits sequences over a mesh axis."
+            _inputs.check_type(CALL, "axes", facts["axes"], MeshAxes, hint)
         return cls(**facts | {"num_heads": heads, "in_features": inputs})
 
     def init_buffer(self, batch: int, slack: int, dtype: Any) -> RingBuffer:
@@ -129,6 +134,11 @@ class Layer:
             "implementation": self.implementation,
             "config": self.config,
         }
+        if self.axes is not None and self.axes.sequence is not None and q.shape[1] > 1:
+            if tokens.buffer is not None:
+                return attend_over_sequence(CALL, self.axes, q, k, v, tokens.buffer, lengths=tokens.lengths, **options)
+            ids = tokens.segment_ids
+            return over_sequence(CALL, self.axes, q, k, v, self.window, segment_ids=ids, **options)[0], None
         if tokens.buffer is None:
             return attention(q, k, v, self.window, segment_ids=tokens.segment_ids, **options), None
         return attend(q, k, v, tokens.buffer, lengths=tokens.lengths, **options)

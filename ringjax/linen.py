@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from ringjax._buffer import RingBuffer
 from ringjax._kernels.tiles import TileSizes
 from ringjax._layer import Layer, attention_fn
+from ringjax._sharding import MeshAxes
 from ringjax._window import Window
 
 __all__ = ["SlidingWindowAttention", "attention_fn"]
@@ -55,6 +56,8 @@ class SlidingWindowAttention(nn.Module):
       out_kernel_init, out_bias_init: of the output's; None: the same.
       norm_scale_init, sink_logits_init: of the other parameters.
       implementation, config: as for `ringjax.attention`.
+      axes: a `ringjax.sharding.MeshAxes` with a sequence axis: whole sequences and chunks of more than one token then
+        run with `sequence_parallel_attention` and `sequence_parallel_attend`. Rows and heads need none.
 
     Raises:
       ValueError: heads that are not a multiple of the kv heads, and other numbers out of their range.
@@ -88,6 +91,7 @@ class SlidingWindowAttention(nn.Module):
     sink_logits_init: Initializer = nn.initializers.zeros_init()
     implementation: str | None = None
     config: TileSizes | None = None
+    axes: MeshAxes | None = None
 
     def __post_init__(self) -> None:
         """Refuses wrong arguments where they are written, not where the module is first called."""

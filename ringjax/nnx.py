@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from ringjax._buffer import RingBuffer
 from ringjax._kernels.tiles import TileSizes
 from ringjax._layer import Layer, attention_fn
+from ringjax._sharding import MeshAxes
 from ringjax._window import Window
 
 __all__ = ["SlidingWindowAttention", "attention_fn"]
@@ -63,6 +64,8 @@ class SlidingWindowAttention(nnx.Module):
       out_kernel_init, out_bias_init: of the output's; None: the same.
       norm_scale_init, sink_logits_init: of the other parameters.
       implementation, config: as for `ringjax.attention`.
+      axes: a `ringjax.sharding.MeshAxes` with a sequence axis: whole sequences and chunks of more than one token then
+        run with `sequence_parallel_attention` and `sequence_parallel_attend`. Rows and heads need none.
       rngs: makes the parameters (stream `params`).
 
     Raises:
@@ -100,6 +103,7 @@ class SlidingWindowAttention(nnx.Module):
         sink_logits_init: Initializer = _ZEROS,
         implementation: str | None = None,
         config: TileSizes | None = None,
+        axes: MeshAxes | None = None,
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.in_features, self.window = num_heads, in_features, window
@@ -108,7 +112,7 @@ class SlidingWindowAttention(nnx.Module):
         # A tuple is static, a list or an array would be state of the module.
         self.rotary_frequencies = None if rotary_frequencies is None else tuple(float(f) for f in rotary_frequencies)
         self.softcap, self.scale = softcap, scale
-        self.implementation, self.config = implementation, config
+        self.implementation, self.config, self.axes = implementation, config, axes
         self.dtype, self.param_dtype = dtype, param_dtype
         layer = Layer.of(self)
         self.num_kv_heads, self.head_dim, self.out_features = layer.num_kv_heads, layer.head_dim, layer.out_features
