@@ -1,0 +1,78 @@
+"""The derivative of `attention` as a function of its own, for frameworks that keep the residuals themselves."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from ringjax import _inputs
+from ringjax._attention import _canonical, _op_backward, _zero_where_padding
+from ringjax._kernels import resolve
+from ringjax._kernels.tiles import TileSizes
+from ringjax._window import Window
+
+
+def attention_gradients(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    window: Window,
+    out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B N T"],
+    g: Float[Array, "B T N Hv"],
+    g_lse: Float[Array, "B N T"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    sink_logits: Float[Array, " N"] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    q_offset: int | Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+    config: TileSizes | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients of `attention` from its output, without running it again.
+
+    JAX code needs it nowhere: `attention` is differentiable. It is for a framework with its own tape (torch_bridge),
+    which keeps `out` and `lse` and comes back later with their cotangents.
+
+    Args:
+      q, k, v, window: of the call of `attention`.
+      out, lse: what that call returned with `return_lse=True`.
+      g: the output's cotangent, of the queries' dtype.
+      g_lse: the lse's cotangent, float32; None: zeros.
+      segment_ids, kv_segment_ids, sink_logits, softcap, scale, q_offset, implementation, config: of the call.
+
+    Returns:
+      Gradients for q, k, v and the sink logits (None without them), in the dtypes of these.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as for `attention`, and for residuals of another shape.
+    """
+    call = "attention_gradients"
+    problem, rows, (q, k, v, sink_logits) = _canonical(
+        call, q, k, v, window, segment_ids, kv_segment_ids, sink_logits, softcap, scale, q_offset, config
+    )
+    shape = (problem.batch, problem.queries, problem.heads, problem.value_dim)
+    for name, x, axes, wanted in (
+        ("out", out, "B T N Hv", shape),
+        ("lse", lse, "B N T", (shape[0], shape[2], shape[1])),
+        ("g", g, "B T N Hv", shape),
+        ("g_lse", lse if g_lse is None else g_lse, "B N T", (shape[0], shape[2], shape[1])),
+    ):
+        _inputs.check_array(call, name, x, axes)
+        if x.shape != wanted:
+            raise ValueError(f"{call}: {name} must have shape {list(wanted)}, got {_inputs.describe(x)}.")
+    real = kv_real = None
+    if rows.q_segments is not None and rows.kv_segments is not None:  # as `attention` does around the operation
+        real, kv_real = rows.q_segments >= 0, rows.kv_segments >= 0
+        q, g = _zero_where_padding(q, real), _zero_where_padding(jnp.asarray(g), real)
+        k, v = _zero_where_padding(k, kv_real), _zero_where_padding(v, kv_real)
+    g_lse = jnp.zeros_like(lse) if g_lse is None else g_lse
+    name = resolve(problem, call, implementation)
+    _, dq, dk, dv, d_sinks = _op_backward(
+        problem, name, (rows, q, k, v, sink_logits, jnp.asarray(out), jnp.asarray(lse)), (g, g_lse)
+    )
+    if real is not None and kv_real is not None:
+        dq = _zero_where_padding(dq, real)
+        dk, dv = _zero_where_padding(dk, kv_real), _zero_where_padding(dv, kv_real)
+    return dq, dk, dv, d_sinks
