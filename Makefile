@@ -9,13 +9,18 @@ WORKERS ?= 2
 where      = python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null
 PYTHON312 ?= $(shell $(where) || PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -n 1)" $(where))
 
+# xFormers' registries of components: a release without a wheel for Python 3.13 and newer.
+old           = for python in $(PYTHON) $(PYTHON312); do $$python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' && echo $$python && break; done
+LEGACY_PYTHON ?= $(shell $(old))
+
 BIN    := .venv/bin
 LATEST := .venv-latest/bin
+LEGACY := .venv-legacy/bin
 PYTEST  = python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not meet
-.PHONY: help demo examples test test-latest lint types format bench python312 clean
+.PHONY: help demo examples test test-latest test-legacy lint types format bench python312 legacy-python clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -23,7 +28,7 @@ help: ## list the commands
 demo: .venv/.examples ## train a small language model, then stream from it in memory that does not grow
 	$(BIN)/python examples/stream_forever.py
 
-examples: .venv/.examples ## run every other example
+examples: .venv/.dev ## run every other example
 	@set -e; for file in $(filter-out examples/stream_forever.py,$(wildcard examples/[a-z]*.py)); do \
 	  echo "== $$file"; $(BIN)/python $$file; done
 
@@ -32,6 +37,9 @@ test: .venv/.dev ## run every test
 
 test-latest: .venv-latest/.test ## run the JAX tests on Python 3.12 with the newest jax allowed, without torch
 	$(LATEST)/$(PYTEST) $(ARGS)
+
+test-legacy: .venv-legacy/.xformers ## run the tests of xFormers beside the last one that has a registry of components
+	$(LEGACY)/$(PYTEST) tests/bridge/test_legacy.py $(wildcard tests/bridge/test_xformers*.py) $(ARGS)
 
 lint: .venv/.dev ## ruff: rules and layout
 	$(BIN)/ruff check .
@@ -50,8 +58,11 @@ bench: .venv/.dev ## time it against its peers on this machine's CPU
 python312: # print a Python 3.12 that runs, or nothing
 	@echo $(PYTHON312)
 
+legacy-python: # print a Python that the old xFormers has a wheel for, or nothing
+	@echo $(LEGACY_PYTHON)
+
 clean: ## remove the environments and everything else that is built here
-	rm -rf .venv .venv-latest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
+	rm -rf .venv .venv-latest .venv-legacy .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments: .venv/.dev is "the extra `dev` is installed in .venv".
@@ -67,4 +78,13 @@ clean: ## remove the environments and everything else that is built here
 	@echo "Installing ringjax[$*] into .venv-latest: minutes the first time"
 	@test -x $(LATEST)/python || $(PYTHON312) -m venv .venv-latest
 	$(LATEST)/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[$*]'
+	@touch $@
+
+# That xFormers asks for torch 2.5.1, and runs beside any other: no extra can say so. It has no wheel past Python 3.12.
+.venv-legacy/.xformers: pyproject.toml
+	@test -n "$(LEGACY_PYTHON)" || { echo "No Python 3.11 or 3.12 found: name one, make test-legacy LEGACY_PYTHON=/path/to/python"; exit 1; }
+	@echo "Installing ringjax[test], torch and an old xformers into .venv-legacy: minutes the first time"
+	@test -x $(LEGACY)/python || $(LEGACY_PYTHON) -m venv .venv-legacy
+	$(LEGACY)/python -m pip install -qq --disable-pip-version-check --editable '.[test]' torch==2.13.0
+	$(LEGACY)/python -m pip install -qq --disable-pip-version-check --no-deps xformers==0.0.28.post3
 	@touch $@

@@ -2,11 +2,14 @@
 
 from ringjax._attention import attend, attention, merge
 from ringjax._buffer import RingBuffer, RingExport
+from ringjax._certify import Certificate, certify
+from ringjax._derivative import attention_gradients
 from ringjax._explain import explain
 from ringjax._generation import Generation, generate, last_calculated, prefill
 from ringjax._plot import plot_ring, plot_tiles
 from ringjax._rotary import apply_rotary
 from ringjax._sampling import Sampling, greedy
+from ringjax._speculative import Draft
 from ringjax._state import BufferState, RingBufferConfig, decode, encode, init_state
 from ringjax._training import chunked_value_and_grad
 from ringjax._window import Window
@@ -15,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BufferState",
+    "Certificate",
+    "Draft",
     "Generation",
     "RingBuffer",
     "RingBufferConfig",
@@ -24,6 +29,8 @@ __all__ = [
     "apply_rotary",
     "attend",
     "attention",
+    "certify",
+    "attention_gradients",
     "chunked_value_and_grad",
     "decode",
     "encode",

@@ -55,6 +55,13 @@ def test_encoder_decoder():
     assert found["gradient_difference"] < rounding(64)
 
 
+def test_continuous_batching():
+    found = load("continuous_batching").main(slots=3, count=12, windows=(8, 5), longest=23, most=20)
+    assert found["same"] == 12
+    assert found["executables"] == 3
+    assert found["decoded"] < found["in batches"]
+
+
 def test_chunked_training(numpy_promotion):
     found = load("chunked_training").main(length=512, chunk=32, width=32, window=12, steps=12)
     assert found["difference"] < rounding(512)
@@ -62,6 +69,30 @@ def test_chunked_training(numpy_promotion):
     # Where the compiler places its buffers varies by some bytes; anything held per token would be 4 bytes at the least.
     assert found["truncated, 10 x longer"] - found["truncated"] < 9 * 512
     assert found["last"] < found["first"] - 0.5
+
+
+def test_torch_module():
+    pytest.importorskip("torch")
+    found = load("torch_module").main(length=48, chunk=24, steps=40)
+    assert found["last"] < found["first"] / 2
+    assert found["difference"] < rounding(32)
+    assert found["copies"] == 0
+
+
+def test_torch_shares_ring(capsys):
+    pytest.importorskip("torch")
+    found = load("torch_shares_ring").main(prompt=40, new=40)
+    assert found == {"agree": 1.0, "copies": 0, "moved": 0.0}
+    assert "100% as by torch alone" in capsys.readouterr().out
+
+
+def test_finetune_huggingface():
+    pytest.importorskip("transformers")
+    found = load("finetune_huggingface").main(length=48, batch=2, steps=12, new=24)
+    assert found["last"] < found["first"] - 1.0
+    assert found["difference"] < 100 * rounding(64)  # each step's rounding changes the next one's weights
+    assert found["same"] == 1.0
+    assert (found["sliding"], found["full"]) == (16, 64)
 
 
 SMALL = "--width 64 --windows 5 9 --batch 4 --length 32 --slice 100 --stream 400 --compare 250 --steps 20"

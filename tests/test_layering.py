@@ -17,9 +17,13 @@ RANKS = {
     "_window": 1,
     "_inputs": 2,
     "_slots": 3,
+    "_explicit": 3,
+    "_quantised": 3,
     "_rotary": 3,
+    "_hlo": 3,
     "_sampling": 3,
     "_schedule": 4,
+    "_writing": 4,
     "_buffer": 5,
     "_kernels.tiles": 5,
     "_kernels.problem": 6,
@@ -31,9 +35,14 @@ RANKS = {
     "_kernels.cudnn": 8,
     "_kernels.mosaic": 9,  # one row of the table, in two files
     "_kernels": 10,  # the table of implementations
+    "_partition": 10.5,  # whatever runs an implementation, on a mesh too
+    "_in_place": 10.6,
     "_attention": 11,
     "_counting": 11,
+    "_sharding": 11.5,
+    "_derivative": 12,
     "_state": 12,
+    "_speculative": 12.5,
     "_explain": 12,
     "_layer": 12,
     "_training": 13,
@@ -51,6 +60,25 @@ RANKS = {
 EVERYWHERE = {"jax", "jaxlib", "jaxtyping", "numpy"}
 ALSO = {"nnx": {"flax"}, "linen": {"flax"}}
 LAZILY = {"_plot": {"matplotlib"}}  # inside a function, so that `import ringjax` stays light
+
+# The same for torch_bridge.
+BRIDGE = {
+    "_dlpack": 0,
+    "_arguments": 1,
+    "_ops": 1,
+    "_xformers_masks": 1,
+    "_huggingface_masks": 1,
+    "_held": 2,
+    "_functional": 2,
+    "_buffer": 3,
+    "_state": 4,
+    "_module": 5,
+    "": 6,  # torch_bridge/__init__.py: public names only; what follows is imported only when asked for
+    "_huggingface_cache": 7,
+    "xformers": 8,
+    "huggingface": 8,
+    "legacy": 8,
+}
 
 VAGUE = {"utils", "common", "helpers", "base", "core", "misc"}
 LONGEST = 500
@@ -117,6 +145,17 @@ def test_ringjax_imports_little_from_elsewhere(module):
     allowed = EVERYWHERE | ALSO.get(module, set())
     assert outside(imports(MODULES[module])) <= allowed | LAZILY.get(module, set())
     assert outside(imports(MODULES[module], bodies=False)) <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "torch_bridge").glob("*.py")), ids=lambda path: path.stem)
+def test_the_bridges_imports_point_down(path):
+    module = "" if path.stem == "__init__" else path.stem
+    assert module in BRIDGE, f"{module} has no rank: give it one in BRIDGE, above all that it imports"
+    for name in imports(path):
+        first, *rest = name.split(".")
+        if first == "torch_bridge":
+            found = rest[0] if rest and rest[0] in BRIDGE else ""
+            assert BRIDGE[found] < BRIDGE[module], f"{module} imports {name}: not below it in BRIDGE"
 
 
 @pytest.mark.parametrize("folder", ["torch_bridge", "examples"])
