@@ -24,6 +24,7 @@ class RingBuffer(Held):
     """
 
     _name = "RingBuffer"
+    _held = ("ring", rj.RingBuffer)
 
     @classmethod
     def empty(
@@ -62,28 +63,6 @@ class RingBuffer(Held):
                 dtype=as_jax_dtype(call, dtype),
             )
         return cls(jax.device_put(ring, on), owned=True)
-
-    @classmethod
-    def from_jax(cls, ring: rj.RingBuffer) -> Self:
-        """A handle on a ring of ringjax's, on the same memory.
-
-        The ring stays as it is: the first step copies (once), unless the ring is given away: `adopt`.
-
-        Raises:
-          TypeError: not a `ringjax.RingBuffer`.
-        """
-        _check_ring("RingBuffer.from_jax", ring)
-        return cls(ring, owned=False)
-
-    def adopt(self, ring: rj.RingBuffer) -> Self:
-        """Takes a ring over, without a copy now or later: the caller's arrays are deleted by the next step.
-
-        Raises:
-          TypeError: not a `ringjax.RingBuffer`.
-        """
-        _check_ring("RingBuffer.adopt", ring)
-        self._take(ring, owned=True)
-        return self
 
     @property
     def window(self) -> rj.Window:
@@ -194,13 +173,6 @@ _export = jax.jit(rj.RingBuffer.export)
 def as_arrays(x: Any) -> Any:
     """Integers or bools for a method of ringjax's, which looks at them: on the host."""
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
-
-
-def _check_ring(call: str, ring: Any) -> None:
-    if not isinstance(ring, rj.RingBuffer):
-        raise TypeError(f"{call}: ring must be a ringjax.RingBuffer, got {type(ring).__name__}.")
-    if isinstance(ring.length, jax.core.Tracer):
-        raise TypeError(f"{call}: ring must be made of arrays, got one traced by JAX.")
 
 
 class _Options(NamedTuple):

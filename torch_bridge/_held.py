@@ -112,10 +112,42 @@ class Held:
     """Rings of JAX's, under torch: what `RingBuffer` and `BufferState` have in common."""
 
     _name = "Held"
+    _held: tuple[str, type]  # what it holds, in words and as ringjax's class
     _after: list[jax.Array]  # the leaves that a step on the tape has just made
 
     def __init__(self, tree: Any, *, owned: bool):
         self._take(tree, owned=owned)
+
+    @classmethod
+    def from_jax(cls, held: Any) -> Self:
+        """A handle on rings of ringjax's (a `RingBuffer` or a `BufferState`, as is the handle), on the same memory.
+
+        They stay as they are: the first step copies (once), unless they are given away: `adopt`.
+
+        Raises:
+          TypeError: not of ringjax's class of the same name.
+        """
+        cls._check("from_jax", held)
+        return cls(held, owned=False)
+
+    def adopt(self, held: Any) -> Self:
+        """Takes rings over, without a copy now or later: the caller's arrays are deleted by the next step.
+
+        Raises:
+          TypeError: not of ringjax's class of the same name.
+        """
+        self._check("adopt", held)
+        self._take(held, owned=True)
+        return self
+
+    @classmethod
+    def _check(cls, method: str, held: Any) -> None:
+        what, kind = cls._held
+        first = f"{cls._name}.{method}: {what} must be"
+        if not isinstance(held, kind):
+            raise TypeError(f"{first} a ringjax.{kind.__name__}, got {type(held).__name__}.")
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(held)):
+            raise TypeError(f"{first} made of arrays, got one traced by JAX.")
 
     def _take(self, tree: Any, *, owned: bool) -> None:
         self._leaves, self._structure = jax.tree.flatten(tree)

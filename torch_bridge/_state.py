@@ -24,33 +24,12 @@ class BufferState(Held):
     """
 
     _name = "BufferState"
+    _held = ("state", rj.BufferState)
 
     def _take(self, tree: Any, *, owned: bool) -> None:
         super()._take(tree, owned=owned)
         # What a decoder's position is checked against, kept on the host too, so that no step waits for a GPU.
         self._seen: tuple[np.ndarray, np.ndarray] | None = None
-
-    @classmethod
-    def from_jax(cls, state: rj.BufferState) -> Self:
-        """A handle on a state of ringjax's, on the same memory.
-
-        The state stays as it is: the first step copies (once), unless it is given away: `adopt`.
-
-        Raises:
-          TypeError: not a `ringjax.BufferState`.
-        """
-        _check_state("BufferState.from_jax", state)
-        return cls(state, owned=False)
-
-    def adopt(self, state: rj.BufferState) -> Self:
-        """Takes a state over, without a copy now or later: the caller's arrays are deleted by the next step.
-
-        Raises:
-          TypeError: not a `ringjax.BufferState`.
-        """
-        _check_state("BufferState.adopt", state)
-        self._take(state, owned=True)
-        return self
 
     @property
     def config(self) -> rj.RingBufferConfig:
@@ -101,13 +80,6 @@ class BufferState(Held):
             return "BufferState(released)"
         grad = ", requires_grad=True" if self.requires_grad else ""
         return f"BufferState(batch={self.batch}, {self.config}, device={self.device}{grad})"
-
-
-def _check_state(call: str, state: Any) -> None:
-    if not isinstance(state, rj.BufferState):
-        raise TypeError(f"{call}: state must be a ringjax.BufferState, got {type(state).__name__}.")
-    if isinstance(state.last_calculated, jax.core.Tracer):
-        raise TypeError(f"{call}: state must be made of arrays, got one traced by JAX.")
 
 
 def init_state(

@@ -275,3 +275,10 @@ def test_what_a_handle_says_of_itself():
     assert (ring.batch, ring.capacity, ring.slack, ring.window) == (2, 10, 3, WINDOW)
     ring.release()
     assert repr(ring) == "RingBuffer(released)"
+
+
+def test_what_jax_is_tracing_is_no_ring():
+    ring = tb.RingBuffer.empty(1, 1, 8, tb.Window.causal(3), dtype=torch.float32).to_jax()
+    first_line = r"^RingBuffer\.from_jax: ring must be made of arrays, got one traced by JAX\.(\n|$)"
+    with pytest.raises(TypeError, match=first_line):
+        jax.jit(tb.RingBuffer.from_jax)(ring)
