@@ -1,7 +1,7 @@
 """Rows and kv heads split over a mesh: the same numbers, the same layout, and nothing sent."""
 
 import types
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_attention_and_its_gradients(layout):
     assert sent(gradients, *arguments) == []
 
 
-@both_kinds
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_and_a_chunk_into_a_ring(layout):
     make, rows, heads = LAYOUTS[layout]
     mesh = make()
@@ -83,7 +83,7 @@ def test_a_step_and_a_chunk_into_a_ring(layout):
     arguments = ring, *parts[0], put(mesh, lengths, rows), put(mesh, sinks, heads)
     got, wanted = run(*arguments), run(empty(), *parts[1], lengths, sinks)
     assert_same(got, wanted)
-    assert [spec_of(x) for x in got[:2]] == [(rows, None, heads)] * 2
+    assert [spec_of(x) for x in got[:2]] == [(rows, None, heads) if heads else (rows,)] * 2
     assert_ring_layout(got[2], rows, heads)
     assert sent(run, *arguments) == []
 
@@ -210,21 +210,32 @@ def test_generate():
     assert_ring_layout(got.state, rows, heads)
 
 
-def test_training_in_chunks():
-    """Gradients flow back through rings that are split."""
-    mesh = mesh_of(AUTO, d=4, m=2)
-    stream = np.random.default_rng(0).integers(0, VOCABULARY, (B, 24)).astype(np.int32)
+@cache
+def chunked_gradients():
+    """One function for all meshes: on one device it is compiled once."""
 
     def loss(params, chunk, ring):
         logits, ring = model(params, chunk, ring)
         return (logits * jnp.cos(logits)).mean(), ring
 
-    run = jax.jit(rj.chunked_value_and_grad(loss, chunk_size=8))
-    ring = shard_rings(empty(), mesh, batch_axis="d", heads_axis="m")
-    (value, after), gradients = run(params_on(mesh, "d", "m"), ring, put(mesh, stream, "d"))
+    return jax.jit(rj.chunked_value_and_grad(loss, chunk_size=8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "heads"),
+    [({"d": 8}, "d", None), ({"d": 4, "m": 2}, "d", "m"), ({"d": 2, "e": 2, "m": 2}, ("d", "e"), "m")],
+    ids=["rows", "rows and heads", "two axes of rows"],
+)
+def test_training_in_chunks(sizes, rows, heads):
+    """Gradients flow back through rings that are split."""
+    mesh = mesh_of(AUTO, **sizes)
+    stream = np.random.default_rng(0).integers(0, VOCABULARY, (B, 24)).astype(np.int32)
+    run = chunked_gradients()
+    ring = shard_rings(empty(), mesh, batch_axis=rows, heads_axis=heads)
+    (value, after), gradients = run(params_on(mesh, rows, heads), ring, put(mesh, stream, rows))
     assert_same(((value, after), gradients), run(PARAMS, empty(), stream))
-    assert_ring_layout(after, "d", "m")
-    assert spec_of(gradients["k"]) == (None, "m")
+    assert_ring_layout(after, rows, heads)
+    assert spec_of(gradients["k"]) == ((None, heads) if heads else ())
 
 
 def test_on_a_mesh_no_implementation_writes_the_tokens_itself(monkeypatch):
