@@ -89,11 +89,12 @@ def ours(row):
 def deterministic(row):
     """The same with the backward that agrees bit for bit from run to run."""
     from ringjax import _attention
+    from ringjax._op import op
 
     def call(q, k, v, sinks, ids):
         problem, rows, _ = _attention._canonical("attention", q, k, v, row.window, ids, None, sinks, *[None] * 4)
         problem = dataclasses.replace(problem, deterministic=True, softcap=row.softcap)
-        return _attention._op(problem, "mosaic", rows, q, k, v, sinks)[0]
+        return op(problem, "mosaic", rows, q, k, v, sinks)[0]
 
     return call
 

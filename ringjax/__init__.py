@@ -1,11 +1,13 @@
 """Sliding-window attention over ring buffers: memory that does not grow, for JAX."""
 
-from ringjax._attention import attend, attention, merge
+from ringjax._attend import attend
+from ringjax._attention import attention
 from ringjax._buffer import RingBuffer, RingExport
 from ringjax._certify import Certificate, certify
 from ringjax._derivative import attention_gradients
 from ringjax._explain import explain
 from ringjax._generation import Generation, generate, last_calculated, prefill
+from ringjax._merge import merge
 from ringjax._plot import plot_ring, plot_tiles
 from ringjax._rotary import apply_rotary
 from ringjax._sampling import Sampling, greedy

@@ -5,9 +5,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ringjax import _inputs
-from ringjax._attention import _canonical, _op_backward, _zero_where_padding
+from ringjax._attention import _canonical, _zero_where_padding
 from ringjax._kernels import resolve
 from ringjax._kernels.tiles import TileSizes
+from ringjax._op import op_backward
 from ringjax._window import Window
 
 
@@ -69,7 +70,7 @@ def attention_gradients(
         k, v = _zero_where_padding(k, kv_real), _zero_where_padding(v, kv_real)
     g_lse = jnp.zeros_like(lse) if g_lse is None else g_lse
     name = resolve(problem, call, implementation)
-    _, dq, dk, dv, d_sinks = _op_backward(
+    _, dq, dk, dv, d_sinks = op_backward(
         problem, name, (rows, q, k, v, sink_logits, jnp.asarray(out), jnp.asarray(lse)), (g, g_lse)
     )
     if real is not None and kv_real is not None:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringjax import _inputs
-from ringjax._attention import _canonical, _options, _ring_problem
+from ringjax._attend import _ring_problem
+from ringjax._attention import _canonical, _options
 from ringjax._buffer import RingBuffer, _check_tokens
 from ringjax._counting import WALKS, Row, full_and_edge_tiles, visible_pairs
 from ringjax._kernels import reasons_against, resolve

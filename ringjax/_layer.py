@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ringjax import _inputs
-from ringjax._attention import attend, attention
+from ringjax._attend import attend
+from ringjax._attention import attention
 from ringjax._buffer import RingBuffer
 from ringjax._kernels.tiles import TileSizes
 from ringjax._rotary import apply_rotary, check_positions, rotary_frequencies

@@ -16,18 +16,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ringjax import _inputs
-from ringjax._attention import (
-    _options,
-    _ring_problem,
-    _ring_rows,
-    _run,
-    _zero_where_padding,
-    apply_sinks,
-    attention,
-    merge,
-)
+from ringjax._attend import _ring_problem, _ring_rows, _run
+from ringjax._attention import _options, _zero_where_padding, attention
 from ringjax._buffer import RingBuffer, _as_seen
 from ringjax._kernels.tiles import TileSizes
+from ringjax._merge import apply_sinks, merge
 from ringjax._window import Window
 
 AxisName = str | tuple[str, ...] | None

@@ -11,8 +11,9 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from ringjax import _inputs
-from ringjax._attention import apply_sinks, attend_to_memory, attend_with_lse, merge
+from ringjax._attend import attend_to_memory, attend_with_lse
 from ringjax._buffer import RingBuffer
+from ringjax._merge import apply_sinks, merge
 from ringjax._quantised import LARGEST, is_quantised
 from ringjax._window import Window
 

@@ -16,6 +16,7 @@ from ringjax import Window
 from ringjax import _attention as attention
 from ringjax._kernels import resolve
 from ringjax._kernels.problem import Rows
+from ringjax._op import op
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +45,7 @@ def run(case, made, deterministic):
         if rows.q_segments is not None:
             q = attention._zero_where_padding(q, rows.q_segments >= 0)
             k, v = (attention._zero_where_padding(x, rows.kv_segments >= 0) for x in (k, v))
-        out, lse = attention._op(problem, "mosaic", rows, q, k, v, sink_logits)
+        out, lse = op(problem, "mosaic", rows, q, k, v, sink_logits)
         return (out if rows.q_segments is None else attention._zero_where_padding(out, rows.q_segments >= 0)), lse
 
     @jax.jit
@@ -159,7 +160,7 @@ def test_deterministic_means_bit_for_bit(head_dim):
 
     @jax.jit
     def both(q, k, v, g):
-        found, vjp = jax.vjp(partial(attention._op, problem, "mosaic", rows), q, k, v, None)
+        found, vjp = jax.vjp(partial(op, problem, "mosaic", rows), q, k, v, None)
         return found, vjp((g, made.g_lse))[:3]
 
     first = jax.tree.map(np.asarray, both(q, k, v, made.g))

@@ -18,6 +18,7 @@ RANKS = {
     "_inputs": 2,
     "_slots": 3,
     "_explicit": 3,
+    "_merge": 3,
     "_quantised": 3,
     "_rotary": 3,
     "_hlo": 3,
@@ -37,8 +38,10 @@ RANKS = {
     "_kernels": 10,  # the table of implementations
     "_partition": 10.5,  # whatever runs an implementation, on a mesh too
     "_in_place": 10.6,
+    "_op": 10.7,
     "_attention": 11,
     "_counting": 11,
+    "_attend": 11.2,
     "_sharding": 11.5,
     "_derivative": 12,
     "_state": 12,
