@@ -1,7 +1,7 @@
 """Wrong calls: what is raised, the exact first line of its message, and that no ring was touched.
 
-One row per wrong call, here or in wrong_calls.py. A new public function adds its rows to a list of its own and that
-list to `WRONG`. `x` holds what rows share: see `fixtures`.
+One row per wrong call, here or in wrong_calls.py and wrong_state_calls.py. A new public function adds its rows to a
+list of its own and that list to `WRONG`. `x` holds what rows share: see `fixtures`.
 """
 
 import types
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from wrong_calls import ATTEND, ATTENTION, MERGE, F, Q, Wrong
+from wrong_state_calls import CONFIG, STATES
 
 import ringjax as rj
 
@@ -271,7 +272,7 @@ WINDOW = [
 ]
 
 # Add the next function's list here: encode, decode, prefill, generate, the flax modules.
-WRONG = [*ATTENTION, *ATTEND, *MERGE, *EMPTY, *METHODS, *RESTORE, *WINDOW]
+WRONG = [*ATTENTION, *ATTEND, *MERGE, *EMPTY, *METHODS, *RESTORE, *WINDOW, *CONFIG, *STATES]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=[wrong.first_line for wrong in WRONG])
