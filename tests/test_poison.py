@@ -115,7 +115,7 @@ SINKS = W.causal(3, sinks=2)
 
 @pytest.mark.parametrize(
     ("window", "length", "batch"),
-    [(W.causal(4), 1, 1), (SINKS, 1, 2), (SINKS, 2, 2), (W.causal(4), 11, 2), (SINKS, 11, 1)],
+    [(W.causal(4), 1, 2), (SINKS, 2, 2), (SINKS, 11, 2)],
 )
 def test_attend_does_not_read_slots_that_hold_nothing(window, length, batch):
     """Slots never written, at each fill of the ring; rolled back; and the slack, whose tokens no query still sees."""
@@ -144,7 +144,7 @@ def test_attend_does_not_read_slots_that_hold_nothing(window, length, batch):
     assert poisonings > 20
 
 
-@pytest.mark.parametrize(("length", "batch"), [(1, 1), (1, 2), (3, 1), (11, 2)])
+@pytest.mark.parametrize(("length", "batch"), [(1, 2), (3, 1), (11, 2)])
 def test_attend_does_not_read_padding(length, batch):
     """Beyond `lengths` anything may stand, in q, k and v and in the cotangent; the ring stays clean."""
     window, run = W.causal(4, sinks=1), attend_with_gradients(length)

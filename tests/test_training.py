@@ -130,7 +130,7 @@ def by_hand(params, inputs, cuts):
     return total
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [1, 3])
 def test_gradient_cut_every_few_chunks(every):
     """Four chunks and a last, shorter one, which belongs to the chunks before it as any other would."""
     cuts = np.arange(5) % every == 0
@@ -151,9 +151,10 @@ def temporary_bytes(every, length):
 
 
 def stream_shapes(length):
+    """Of one layer: a second one takes as long to compile, and has nothing else to show."""
     params = jax.tree.map(jnp.asarray, parameters(np.random.default_rng(0)))
     x = jnp.zeros((BATCH, length, WIDTH))
-    return params, states(), {"x": x, "y": x, "real": jnp.zeros(x.shape[:2], bool)}
+    return params[:1], states()[:1], {"x": x, "y": x, "real": jnp.zeros(x.shape[:2], bool)}
 
 
 def test_memory_of_the_truncated_mode_is_constant():
@@ -162,10 +163,10 @@ def test_memory_of_the_truncated_mode_is_constant():
 
 def test_memory_of_the_exact_mode_grows_by_rings_only():
     few, many = temporary_bytes(None, 20 * CHUNK), temporary_bytes(None, 200 * CHUNK)
-    ring_bytes = sum(x.nbytes for x in jax.tree.leaves(states()))
+    ring_bytes = sum(x.nbytes for x in jax.tree.leaves(states()[:1]))
     loss_bytes = 4
     # Every buffer of XLA's begins at a multiple of 64 bytes.
-    rounding = 64 * len(jax.tree.leaves((states(), 0)))
+    rounding = 64 * len(jax.tree.leaves((states()[:1], 0)))
     assert 0 < many - few <= 180 * (ring_bytes + 2 * loss_bytes) + rounding
 
 
