@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import ringjax as rj
+from ringjax._quantised import quantise
 
 BATCHES, BATCH_S = 9, 0.05
 COLD = 400e6  # bytes of rings taken in turn; the cache of an H200 holds 50 MB
@@ -62,18 +63,29 @@ SHAPES = [
 ]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(shape, key):
+    # Drawn in bfloat16, they would have 256 values, and errors of quantising them would not average out.
+    return jax.random.normal(key, shape).astype(jnp.bfloat16)
+
+
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    return _normal(shape, jax.random.key(seed))
 
 
-def ring(shape, seed, length=None):
+def ring(shape, seed, length=None, dtype=jnp.bfloat16):
     """A ring that has wrapped, a little further in each row; or `length` tokens in every row."""
     at = shape.w + 77 + 13 * jnp.arange(shape.b, dtype=jnp.int32)
     at = at if length is None else jnp.full_like(at, length)
-    empty = jax.eval_shape(lambda: rj.RingBuffer.empty(shape.b, shape.k, shape.h, rj.Window.causal(shape.w)))
-    return dataclasses.replace(
-        empty, k=normal(seed, *empty.k.shape), v=normal(seed + 1, *empty.v.shape), length=at, written=at + 0
+    empty = jax.eval_shape(
+        lambda: rj.RingBuffer.empty(shape.b, shape.k, shape.h, rj.Window.causal(shape.w), dtype=dtype)
     )
+    k, v = normal(seed, *empty.k.shape), normal(seed + 1, *empty.v.shape)
+    scales = {}
+    if empty.k_scale is not None:
+        (k, k_scale), (v, v_scale) = (jax.jit(quantise, static_argnums=1)(x, dtype) for x in (k, v))
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+    return dataclasses.replace(empty, k=k, v=v, length=at, written=at + 0, **scales)
 
 
 def ours(shape, implementation="mosaic"):
@@ -241,6 +253,36 @@ def shapes(chosen, candidates=lambda shape: {"ringjax": ours(shape)}, with_peers
             )
 
 
+def eight_bits(chosen):
+    """Rings of 8 bits against rings of 16; errors against float32 attention to what was there before quantising."""
+    print("| (B, N, K, H, W) | bfloat16 us | int8 us | gain | error | float8_e4m3 us | gain | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    dtypes = ("bfloat16", "int8", "float8_e4m3fn")
+    prepared, pool = {}, ThreadPoolExecutor(8)
+    for shape in chosen:
+        q = normal(0, shape.b, 1, shape.n, shape.h)
+        new = tuple(normal(1 + i, shape.b, 1, shape.k, shape.h) for i in range(2))
+        for dtype in dtypes:
+            states = [ring(shape, 10 * i, dtype=dtype) for i in range(shape.sets)]
+            one = pool.submit(jax.jit(ours(shape)).lower(q, new, states[0]).compile)
+            chain = pool.submit(chained(ours(shape), shape.rounds).lower(q, new, states).compile)
+            prepared[shape, dtype] = q, new, states, one, chain
+    for shape in chosen:
+        calls, errors, exact = {}, {}, None
+        for dtype in dtypes:
+            q, new, states, one, chain = prepared.pop((shape, dtype))
+            out, after = one.result()(q, new, states[0])
+            exact = exact or (after.k, after.v)
+            errors[dtype] = error(shape, q, out, *exact)
+            calls[dtype] = Caller(chain.result(), q, new, states)
+        found = {dtype: s / (shape.rounds * shape.sets) * 1e6 for dtype, s in timed(calls).items()}
+        rest = "".join(
+            f" | {found[dtype]:.1f} | {found['bfloat16'] / found[dtype]:.2f} | {errors[dtype]:.1e}"
+            for dtype in dtypes[1:]
+        )
+        print(f"| {shape} | {found['bfloat16']:.1f}{rest} |", flush=True)
+
+
 def loop(batch, layers=16, tokens=64, step=None):
     """Microseconds per layer and token of a `lax.scan` over tokens, every layer with its own ring in the carry."""
     shape = Shape(batch, 32, 8, 128, 4096)
@@ -339,7 +381,7 @@ def plot(measured, rows, path):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_decode", description=__doc__)
-    parts = ("shapes", "loop", "empty", "streams")
+    parts = ("shapes", "eight", "loop", "empty", "streams")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all by default")
     parser.add_argument("--plot", metavar="FILE", help="draw the streams into FILE")
     options = parser.parse_args()
@@ -349,6 +391,9 @@ def main():
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {today}; medians.\n")
     if "shapes" in asked:
         shapes(SHAPES)
+    if "eight" in asked:
+        print()
+        eight_bits(SHAPES)
     if "loop" in asked:
         print("\n| loop | us per layer and token | temporary MiB |\n|---|---|---|")
         loop(1)

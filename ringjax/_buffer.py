@@ -13,11 +13,9 @@ from jaxtyping import Float, Int
 
 from ringjax import _explicit, _inputs
 from ringjax._quantised import LARGEST, dequantise, is_quantised, quantise
-from ringjax._slots import NOTHING, position_in_slot, slot_of_position
+from ringjax._slots import INVALID, NOTHING, position_in_slot, slot_of_position
 from ringjax._window import Window
 from ringjax._writing import scatter, write
-
-_INVALID = np.int32(2**31 - 1)  # `written` of a row that was rolled back too far
 
 
 class RingExport(NamedTuple):
@@ -198,7 +196,7 @@ class RingBuffer:
             first = f"{call}: n must be between 0 and the slack, {self.slack}, and the length, got {count.tolist()}."
             raise ValueError(_inputs.message(first, facts, hint))
         length = jnp.clip(self.length - count, 0, self.length)
-        return dataclasses.replace(self, length=length, written=jnp.where(wrong, _INVALID, self.written))
+        return dataclasses.replace(self, length=length, written=jnp.where(wrong, INVALID, self.written))
 
     def select(self, rows: Int[Array, " R"]) -> "RingBuffer":
         """The ring whose row i is this one's row `rows[i]`: beam search, forks, another batch size.
@@ -256,7 +254,7 @@ class RingBuffer:
     def export(self) -> RingExport:
         """What the ring holds, oldest token first; of a quantised ring, the float32 numbers that are meant."""
         positions = self.positions()
-        order = jnp.argsort(jnp.where(positions < 0, _INVALID, positions), axis=1)
+        order = jnp.argsort(jnp.where(positions < 0, INVALID, positions), axis=1)
         positions = jnp.take_along_axis(positions, order, axis=1)
 
         def logical(x: Array) -> Array:
@@ -312,13 +310,13 @@ class RingBuffer:
         into = slot_of_position(jnp.maximum(positions, 0), sinks=window.sinks, capacity=ring.capacity)
         ring = _with_stores(ring, scatter(_stores(ring), _stored(ring, k, v), jnp.where(fits, into, NOTHING)))
         # A token that was lost counts as overwritten, which bounds how far the new ring can be rolled back.
-        held = jnp.sort(jnp.where(positions < 0, _INVALID, positions), axis=1)
+        held = jnp.sort(jnp.where(positions < 0, INVALID, positions), axis=1)
         pinned = jnp.arange(held.shape[1], dtype=jnp.int32)[None] < jnp.minimum(window.sinks, length)[:, None]
         index = jnp.arange(held.shape[1], dtype=jnp.int32)[None]
         lost_sinks = (pinned & (held != index)).any(1) | (jnp.minimum(window.sinks, length) > held.shape[1])
         # Of the tokens that another ring had pinned, those cut off from the newest by a gap do not count.
-        unbroken = held == (length - (held != _INVALID).sum(1, dtype=jnp.int32))[:, None] + index
-        oldest = jnp.min(jnp.where(unbroken & (held >= window.sinks), held, _INVALID), axis=1)
+        unbroken = held == (length - (held != INVALID).sum(1, dtype=jnp.int32))[:, None] + index
+        oldest = jnp.min(jnp.where(unbroken & (held >= window.sinks), held, INVALID), axis=1)
         oldest = jnp.minimum(oldest, jnp.maximum(length, window.sinks))
         written = jnp.where(oldest > window.sinks, jnp.maximum(length, oldest + around), length)
         lost = lost_sinks | (written - length > slack)
@@ -327,7 +325,7 @@ class RingBuffer:
             facts = {"export": f"{_inputs.describe(exported.k)}, of streams of length {length.tolist()}"}
             hint = "a ring can only be restored into a window that is not larger than its own."
             raise ValueError(_inputs.message(first, facts, hint))
-        return dataclasses.replace(ring, length=length, written=jnp.where(lost, _INVALID, written))
+        return dataclasses.replace(ring, length=length, written=jnp.where(lost, INVALID, written))
 
 
 def _outline(ring: RingBuffer) -> Any:
@@ -387,7 +385,8 @@ def _as_seen(ring: RingBuffer, k: Array, v: Array) -> tuple[Array, Array]:
     """Keys and values [B, T, K, ...] as a query will read them from the ring, in its dtype or, quantised, in theirs."""
     if ring.k_scale is None:
         return k.astype(ring.k.dtype), v.astype(ring.v.dtype)
-    k, v = (dequantise(*quantise(x, ring.k.dtype)).astype(x.dtype) for x in (k, v))
+    # Behind the barrier: XLA takes a conversion to float8 and back for none.
+    k, v = (dequantise(*lax.optimization_barrier(quantise(x, ring.k.dtype))).astype(x.dtype) for x in (k, v))
     return k, v
 
 

@@ -1,8 +1,9 @@
 """New tokens into a ring and attention to it: in one launch where an implementation offers that, else in two steps.
 
 An implementation offers it with `writes(problem) -> bool` and `append_attend(problem, rows, q, k, v, ring_k, ring_v,
-sink_logits) -> (out, lse, ring_k, ring_v)`, where `rows` are those before the tokens. It has no derivative of its own:
-where one is asked for, the tokens are written first and the ring is read as ever.
+sink_logits) -> (out, lse, ring_k, ring_v, rows)`, from the rows before the tokens to those after them: of these,
+`length`, `written` and the scales count. It has no derivative of its own: where one is asked for, the tokens are
+written first and the ring is read as ever.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.tree_util import Partial
 
 from ringjax import _kernels, _partition
 from ringjax._buffer import RingBuffer
@@ -67,7 +70,30 @@ def append_attend(
     def together(*arrays: Any) -> Any:
         return launch(*arrays)
 
-    together.defvjp(lambda *arrays: jax.vjp(apart, *arrays), lambda vjp, cotangents: vjp(cotangents))
+    def forward(*marked: Any) -> Any:
+        # What no derivative is asked of stays a constant: a quantised ring has none in k and v.
+        found: Any = jax.tree.flatten(marked, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+        leaves, tree = found
+
+        def apart_of(*active: Array) -> Any:
+            rest = iter(active)
+            return apart(*tree.unflatten([next(rest) if x.perturbed else x.value for x in leaves]))
+
+        def back(vjp: Any, cotangents: Any) -> Any:
+            rest = iter(vjp(cotangents))
+            return tree.unflatten([next(rest) if x else None for x in perturbed])
+
+        perturbed = [x.perturbed for x in leaves]
+        results, vjp = jax.vjp(apart_of, *(x.value for x in leaves if x.perturbed))
+        return results, Partial(back, vjp)
+
+    def backward(back: Any, cotangents: Any) -> Any:
+        def filled(x: Any) -> Any:
+            return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+
+        return back(jax.tree.map(filled, cotangents, is_leaf=lambda x: isinstance(x, SymbolicZero)))
+
+    together.defvjp(forward, backward, symbolic_zeros=True)
     return together(*arrays)
 
 
@@ -76,9 +102,8 @@ def _launch(
     problem: Problem, implementation: str, rows: Rows, q: Array, k: Array, v: Array, sinks: Any, buffer: RingBuffer
 ) -> Any:
     run = _kernels.IMPLEMENTATIONS[implementation].append_attend
-    k, v = k.astype(buffer.k.dtype), v.astype(buffer.v.dtype)
-    out, lse, ring_k, ring_v = run(problem, rows, q, k, v, buffer.k, buffer.v, sinks)
-    added = q.shape[1] if rows.q_length is None else rows.q_length
-    length = buffer.length + added
-    written = jnp.maximum(buffer.written, length)
-    return out, lse, dataclasses.replace(buffer, k=ring_k, v=ring_v, length=length, written=written)
+    if not problem.quantised:
+        k, v = k.astype(buffer.k.dtype), v.astype(buffer.v.dtype)
+    out, lse, ring_k, ring_v, after = run(problem, rows, q, k, v, buffer.k, buffer.v, sinks)
+    now = {name: getattr(after, name) for name in ("length", "written", "k_scale", "v_scale")}
+    return out, lse, dataclasses.replace(buffer, k=ring_k, v=ring_v, **now)

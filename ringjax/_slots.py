@@ -15,6 +15,9 @@ import numpy as np
 NOTHING = -1
 """The position of a slot that holds no token. No window sees it."""
 
+INVALID = np.int32(2**31 - 1)
+"""`written` of a row that was rolled back too far: the only value that is more than the slack ahead of `length`."""
+
 
 def namespace(*values: Any) -> Any:
     """NumPy for Python ints and NumPy values, jax.numpy otherwise."""

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Threads of XLA on the CPU: an interpreted kernel's warpgroups wait for each other; with two, all would wait for ever.
+os.environ.setdefault("NPROC", "8")
 
 import hypothesis
 import jax

@@ -1,6 +1,7 @@
 """Rings in random states, what attention to them must give, and how far from it one may be.
 
-Slots that no query sees hold NaN, and so do, before a call that writes tokens, the slots that these go to.
+Slots that no query sees hold NaN, and so do, before a call that writes tokens, the slots that these go to. Of a
+quantised ring, the scales do (int8 has no NaN).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-from ringjax import Window
+from ringjax import Window, _quantised
 from ringjax._kernels.problem import Problem, Rows
 from ringjax._slots import position_in_slot, slot_of_position
 
@@ -31,6 +32,7 @@ class RingCase:
     head_dim: int = 64
     value_dim: int = 64
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None
     out_dtype: str | None = None
     softcap: float | None = None
     sink_logits: bool = False
@@ -60,7 +62,7 @@ class RingCase:
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             q_dtype=self.dtype,
-            kv_dtype=self.dtype,
+            kv_dtype=self.kv_dtype or self.dtype,
             out_dtype=self.out_dtype or self.dtype,
             window=self.window,
             layout="ring",
@@ -77,7 +79,10 @@ class RingCase:
 
 
 class Made(NamedTuple):
-    """`before` and `after` the tokens `k` and `v`; a call that only reads is given the ring after them."""
+    """`before` and `after` the tokens `k` and `v`; a call that only reads is given the ring after them.
+
+    Of a quantised ring, the rows have the scales.
+    """
 
     q: np.ndarray
     k: np.ndarray
@@ -113,23 +118,26 @@ def make(case, seed=0):
     written = length.copy()
     if case.rolled_back:  # by no more than the slack; the last row by too much
         written = written + rng.integers(0, case.slack + 1, batch).astype(np.int32)
-        written[-1] = length[-1] + case.slack + chunk + 5
+        written[-1] = 2**31 - 1
     real = rng.integers(0, chunk + 1, batch).astype(np.int32) if case.ragged else np.full(batch, chunk, np.int32)
     new_length = length + real
     new_written = np.maximum(written, new_length)
     shape = {"sinks": sinks, "slack": case.slack, "capacity": capacity}
     held = position_in_slot(np.arange(capacity)[None], new_length[:, None], new_written[:, None], **shape)
-    after = (
-        normal(batch, case.kv_heads, capacity, case.head_dim),
-        normal(batch, case.kv_heads, capacity, case.value_dim),
-    )
-    before = after[0].copy(), after[1].copy()
+    after = [normal(batch, case.kv_heads, capacity, size) for size in (case.head_dim, case.value_dim)]
+    tokens = [k, v]
+    if case.kv_dtype is not None:
+        after, tokens = (
+            [np.array(y) for x in some for y in _quantised.quantise(jnp.asarray(x), case.kv_dtype)]
+            for some in (after, tokens)
+        )
+    before = [x.copy() for x in after]
     for b in range(batch):
         for t in range(real[b]):
             slot = slot_of_position(int(length[b]) + t, sinks=sinks, capacity=capacity)
-            for i, tokens in enumerate((k, v)):
-                before[i][b, :, slot] = np.nan
-                after[i][b, :, slot] = tokens[b, t]
+            for store, store_after, x in zip(before, after, tokens, strict=True):
+                store[b, :, slot] = _poison(store)
+                store_after[b, :, slot] = x[b, t]
     start = new_length - 1 if case.memory else length
     at = start[:, None] + (0 if case.memory else np.arange(chunk)[None]) + np.zeros((1, chunk), np.int64)
     what = {"left": case.window.left, "right": case.window.right, "sinks": sinks}
@@ -141,16 +149,39 @@ def make(case, seed=0):
         }
     seen = np.broadcast_to(oracle.visible(**what), (batch, chunk, capacity))
     for array in (*before, *after):
-        array[~np.broadcast_to(seen.any(1)[:, None], array.shape[:3])] = np.nan
-    keys, values = (np.moveaxis(np.nan_to_num(x.astype(np.float32)), 1, 2).astype(x.dtype) for x in after)
+        array[~np.broadcast_to(seen.any(1)[:, None], array.shape[:3])] = _poison(array)
+    scales = [{}, {}]
+    meant = after
+    if case.kv_dtype is not None:
+        scales = [{"k_scale": jnp.asarray(x[1]), "v_scale": jnp.asarray(x[3])} for x in (before, after)]
+        meant = [np.asarray(_quantised.dequantise(*map(jnp.asarray, after[i : i + 2]))) for i in (0, 2)]
+        before, after = before[::2], after[::2]
+    keys, values = (np.moveaxis(np.nan_to_num(x.astype(np.float32)), 1, 2).astype(x.dtype) for x in meant)
     out, lse = oracle.attention(q, keys, values, sink_logits=sink_logits, softcap=case.softcap, **what)
-    arrays = (jnp.asarray(x) for x in (q, keys, values))
+    arrays = (jnp.asarray(x, case.dtype) for x in (q, keys, values))
     sinks_array = None if sink_logits is None else jnp.asarray(sink_logits)
     plain = cases._plain(case.softcap, None)(*arrays, sinks_array, jnp.asarray(seen))
     rows = {"q_start": jnp.asarray(start, jnp.int32), "q_length": jnp.asarray(real) if case.ragged else None}
-    rows_before = Rows(**rows, length=jnp.asarray(length), written=jnp.asarray(written))
-    rows_after = Rows(**rows, length=jnp.asarray(new_length), written=jnp.asarray(new_written))
-    return Made(q, k, v, sink_logits, before, after, rows_before, rows_after, seen, out, lse, *map(np.asarray, plain))
+    rows_before = Rows(**rows, **scales[0], length=jnp.asarray(length), written=jnp.asarray(written))
+    rows_after = Rows(**rows, **scales[1], length=jnp.asarray(new_length), written=jnp.asarray(new_written))
+    return Made(
+        q,
+        k,
+        v,
+        sink_logits,
+        tuple(before),
+        tuple(after),
+        rows_before,
+        rows_after,
+        seen,
+        out,
+        lse,
+        *map(np.asarray, plain),
+    )
+
+
+def _poison(array):
+    return 77 if array.dtype == np.int8 else np.nan
 
 
 def check(made, out, lse):
@@ -160,11 +191,21 @@ def check(made, out, lse):
     assert not np.asarray(out)[~made.seen.any(-1)].any()
 
 
-def check_ring(made, ring_k, ring_v):
+def check_ring(made, ring_k, ring_v, rows):
     """The ring after the tokens, bit for bit; nothing but their slots was touched."""
-    for got, before, after in zip((ring_k, ring_v), made.before, made.after, strict=True):
-        exact = np.where(np.isnan(after.astype(np.float32)), before, after)
-        np.testing.assert_array_equal(np.asarray(got).view(np.uint16), exact.view(np.uint16))
+    np.testing.assert_array_equal(rows.length, made.rows_after.length)
+    np.testing.assert_array_equal(rows.written, made.rows_after.written)
+    stores = list(zip((ring_k, ring_v), made.before, made.after, strict=True))
+    if made.rows_before.k_scale is not None:
+        stores += [
+            tuple(np.asarray(getattr(x, name)) for x in (rows, made.rows_before, made.rows_after))
+            for name in ("k_scale", "v_scale")
+        ]
+    for got, before, after in stores:
+        poison = after == 77 if after.dtype == np.int8 else np.isnan(after.astype(np.float32))
+        exact = np.where(poison, before, after)
+        bits = f"u{after.dtype.itemsize}"
+        np.testing.assert_array_equal(np.asarray(got).view(bits), exact.view(bits))
 
 
 def dense(q, k, v, k_positions, position, window):

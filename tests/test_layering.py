@@ -29,9 +29,13 @@ RANKS = {
     "_kernels.tiles": 5,
     "_kernels.problem": 6,
     "_kernels.mosaic_tile": 7,
+    "_kernels.mosaic_backward_tile": 7.5,
+    "_kernels.mosaic_eight_bits": 7.5,
     "_kernels.xla": 8,  # implementations, side by side: none imports another
     "_kernels.mosaic_forward": 8,
-    "_kernels.mosaic_backward": 8,
+    "_kernels.mosaic_backward_split": 8,
+    "_kernels.mosaic_backward_fused": 8,
+    "_kernels.mosaic_backward": 8.5,  # chooses between the two above
     "_kernels.mosaic_decode": 8,
     "_kernels.cudnn": 8,
     "_kernels.mosaic": 9,  # one row of the table, in two files
@@ -68,19 +72,21 @@ LAZILY = {"_plot": {"matplotlib"}}  # inside a function, so that `import ringjax
 BRIDGE = {
     "_dlpack": 0,
     "_arguments": 1,
-    "_ops": 1,
+    "_stablehlo": 1,
     "_xformers_masks": 1,
     "_huggingface_masks": 1,
-    "_held": 2,
-    "_functional": 2,
-    "_buffer": 3,
-    "_state": 4,
-    "_module": 5,
-    "": 6,  # torch_bridge/__init__.py: public names only; what follows is imported only when asked for
-    "_huggingface_cache": 7,
-    "xformers": 8,
-    "huggingface": 8,
-    "legacy": 8,
+    "_launch": 2,
+    "_ops": 3,
+    "_held": 4,
+    "_functional": 4,
+    "_buffer": 5,
+    "_state": 6,
+    "_module": 7,
+    "": 8,  # torch_bridge/__init__.py: public names only; what follows is imported only when asked for
+    "_huggingface_cache": 9,
+    "xformers": 10,
+    "huggingface": 10,
+    "legacy": 10,
 }
 
 VAGUE = {"utils", "common", "helpers", "base", "core", "misc"}

@@ -18,7 +18,7 @@ from ringjax import Window, _kernels
 from ringjax._kernels import backward_of, mosaic, reasons_against, resolve, xla
 from ringjax._kernels.tiles import AUTOMATIC, MosaicDecodeTiles, Tiles, mosaic_decode_tiles
 from ringjax._schedule import slot_tiles
-from ringjax._slots import position_in_slot
+from ringjax._slots import INVALID, position_in_slot
 
 NEW = tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
 needs_new_jax = pytest.mark.skipif(not NEW, reason="Mosaic GPU as used here needs jax >= 0.11")
@@ -46,10 +46,14 @@ def test_the_tiles_visited_are_those_that_hold_what_is_seen(sinks, block):
 def test_tile_choices_fit_into_shared_memory_and_keep_what_was_asked():
     for programs in (1, 8, 64, 128, 1000):
         for rows in (8, 16, 64):
-            for dim in (64, 128, 256) if rows < 64 else (64, 128):
+            sizes = [(2, 64), (2, 128), (1, 128), *([(2, 256), (1, 256)] if rows < 64 else [])]
+            for itemsize, dim in sizes:
                 facts = {"programs": programs, "slots": 5000, "rows": rows, "head_dim": dim, "value_dim": dim}
-                found = mosaic_decode_tiles(AUTOMATIC, **facts)
-                held = 4 * found.stages * found.block_size * dim + 4 * (found.splits - 1) * (dim + 128) * rows
+                found = mosaic_decode_tiles(AUTOMATIC, **facts, itemsize=itemsize)
+                held = 2 * itemsize * found.stages * found.block_size * dim
+                held += 4 * (found.splits - 1) * (dim + 128) * rows
+                if itemsize == 1:
+                    assert found.block_size == 128
                 assert held + rows * (6 * dim + 2 * found.block_size + 256) <= 227 * 1024
                 assert found.splits in (1, 2, 4, 8) and found.block_size % 64 == 0 and found.stages >= 1
                 assert mosaic_decode_tiles(Tiles(block_size=64), **facts).block_size == 64
@@ -57,6 +61,21 @@ def test_tile_choices_fit_into_shared_memory_and_keep_what_was_asked():
     small = {"slots": 4096, "rows": 8, "head_dim": 128, "value_dim": 128}
     assert mosaic_decode_tiles(AUTOMATIC, programs=8, **small).splits == 8
     assert mosaic_decode_tiles(AUTOMATIC, programs=128, **small).splits == 1
+
+
+@needs_new_jax
+@pytest.mark.parametrize("slack", [0, 1, 5])
+@pytest.mark.parametrize("readers", [1, 8, 130])
+def test_counters_are_told_while_programs_count_themselves_in(slack, readers):
+    """For every state of a row, and any number of programs that have read it already, the sum may overflow."""
+    from ringjax._kernels import mosaic_decode
+
+    length = np.array([0, 1, 7, 10**6, 2**31 - 1 - 2 * (slack + 1) * readers], np.int32)[:, None]
+    before = np.concatenate([length + np.arange(slack + 1, dtype=np.int32), np.full_like(length, INVALID)], axis=1)
+    for arrived in range(readers):
+        now = (before.astype(np.int64) + arrived * (slack + 1)).astype(np.uint32).view(np.int32)
+        found = mosaic_decode.undisturbed(jnp.asarray(length), jnp.asarray(now), slack=slack, readers=readers)
+        np.testing.assert_array_equal(found, before)
 
 
 @pytest.fixture
@@ -93,34 +112,44 @@ INTERPRETED = [
         lengths=(126, 1133),
     ),
 ]
+# Where scales are read, the interpreter allows nothing past the ring's end; tiles have 128 slots then.
+EIGHT_BITS = [
+    INTERPRETED[0].replace(name="everything-8", window=Window.causal(244, sinks=5), kv_dtype="int8"),
+    INTERPRETED[1].replace(
+        name="chunk-8", window=Window.causal(120, sinks=3), kv_dtype="float8_e4m3fn", dtype="bfloat16"
+    ),
+]
 MEMORY = SMALL.replace(name="memory", window=Window(127, 127), queries=2, memory=True, out_dtype="float32")
-SMALL_TILES = MosaicDecodeTiles(block_size=64, stages=2)
+
+
+def tiles_of(case):
+    return MosaicDecodeTiles(block_size=64 if case.kv_dtype is None else 128, stages=2)
 
 
 @needs_new_jax
-@pytest.mark.parametrize("case", [*INTERPRETED, MEMORY], ids=str)
+@pytest.mark.parametrize("case", [*INTERPRETED, *EIGHT_BITS, MEMORY], ids=str)
 def test_reading_in_the_interpreter(case, interpret):
     made = ring_cases.make(case)
     assert not mosaic.unsupported(case.problem)
     arrays = jax.tree.map(jnp.asarray, (made.q, *made.after, made.sinks))
-    out, lse = mosaic.forward(case.problem, made.rows_after, *arrays, tiles=SMALL_TILES, interpret=interpret)
+    out, lse = mosaic.forward(case.problem, made.rows_after, *arrays, tiles=tiles_of(case), interpret=interpret)
     ring_cases.check(made, out, lse)
 
 
 @needs_new_jax
-@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+@pytest.mark.parametrize("case", [*INTERPRETED, *EIGHT_BITS], ids=str)
 def test_writing_and_reading_in_the_interpreter(case, interpret):
     made = ring_cases.make(case)
     assert mosaic.writes(case.problem)
     arrays = jax.tree.map(jnp.asarray, (made.q, made.k, made.v, *made.before, made.sinks))
     out, lse, *ring = mosaic.append_attend(
-        case.problem, made.rows_before, *arrays, tiles=SMALL_TILES, interpret=interpret
+        case.problem, made.rows_before, *arrays, tiles=tiles_of(case), interpret=interpret
     )
     ring_cases.check(made, out, lse)
     ring_cases.check_ring(made, *ring)
 
 
-@pytest.mark.parametrize("case", [*INTERPRETED, MEMORY], ids=str)
+@pytest.mark.parametrize("case", [*INTERPRETED, *EIGHT_BITS, MEMORY], ids=str)
 def test_xla_gives_the_same(case):
     """The twin of every path, on the same rings."""
     made = ring_cases.make(case)
@@ -135,6 +164,10 @@ LOWERED = [
     RingCase("256", Window.causal(1024), batch=4, heads=16, kv_heads=8, head_dim=256, value_dim=256, dtype="float16"),
     RingCase("narrow-heads", Window.causal(100), head_dim=80, value_dim=96),
     RingCase("chunk", Window.causal(1000), slack=15, queries=16, heads=32, kv_heads=8, head_dim=128, value_dim=128),
+    RingCase("int8", Window.causal(1000), slack=3, heads=32, kv_heads=8, head_dim=128, value_dim=128, kv_dtype="int8"),
+    RingCase(
+        "float8", Window.causal(500, sinks=4), queries=3, slack=2, head_dim=80, ragged=True, kv_dtype="float8_e4m3fn"
+    ),
     RingCase("memory", Window(999, 999), memory=True, out_dtype="float32", queries=5),
     RingCase("long-chunk", Window.causal(500, sinks=4), slack=99, queries=100, out_dtype="float32"),
 ]
@@ -153,10 +186,14 @@ def test_it_lowers_for_cuda(case):
 
     q = spec("batch", "chunk", case.heads, case.head_dim)
     new = [spec("batch", "chunk", case.kv_heads, size) for size in (case.head_dim, case.value_dim)]
-    ring = [spec("batch", case.kv_heads, "slots", size) for size in (case.head_dim, case.value_dim)]
+    stored = problem.kv_dtype
+    ring = [spec("batch", case.kv_heads, "slots", size, dtype=stored) for size in (case.head_dim, case.value_dim)]
     count = spec("batch", dtype="int32")
     sinks = spec(case.heads, dtype="float32") if case.sink_logits else None
     rows = ring_cases.Rows(q_start=count, length=count, written=count, q_length=count if case.ragged else None)
+    if problem.quantised:
+        scale = spec("batch", case.kv_heads, "slots", dtype="float32")
+        rows = rows._replace(k_scale=scale, v_scale=scale)
 
     def call(rows, q, new, ring, sinks):
         if mosaic.writes(problem):
@@ -179,7 +216,9 @@ ONE = LOWERED[0].problem
         ({"platform": "cpu"}, "needs a GPU"),
         ({"device_kind": "NVIDIA A100-SXM4-80GB"}, "Hopper"),
         ({"q_dtype": "float32", "kv_dtype": "float32", "out_dtype": "float32"}, "needs bfloat16"),
-        ({"kv_dtype": "int8"}, "one dtype"),
+        ({"kv_dtype": "float16"}, "one dtype"),
+        ({"kv_dtype": "int8", "head_dim": 72}, "multiples of 16"),
+        ({"kv_dtype": "float8_e4m3fn", "q_dtype": "float16", "out_dtype": "float16"}, "for bfloat16 queries only"),
         ({"out_dtype": "float16"}, "one dtype"),
         ({"head_dim": 320}, "head_dim and value_dim <="),
         ({"value_dim": 100}, "multiples of 8"),
@@ -208,6 +247,8 @@ def test_who_differentiates_reading_a_ring():
         ({"queries": 16, "heads": 32}, True),
         ({"queries": 17, "heads": 8}, False),  # tokens
         ({"queries": 16, "heads": 64}, False),  # queries of one kv head: two programs would read what one writes
+        ({"queries": 8, "heads": 32, "kv_dtype": "int8"}, True),
+        ({"queries": 9, "heads": 32, "kv_dtype": "int8"}, False),  # two parts of each
         ({"q_stride": 0}, False),
         ({"layout": "linear"}, False),
     ],
@@ -231,10 +272,11 @@ class Offering:
 
     def append_attend(self, problem, rows, q, k, v, ring_k, ring_v, sink_logits):
         self.calls.append(problem)
-        ring = rj.RingBuffer(ring_k, ring_v, rows.length, rows.written, problem.window, problem.slack)
+        scales = {"k_scale": rows.k_scale, "v_scale": rows.v_scale}
+        ring = rj.RingBuffer(ring_k, ring_v, rows.length, rows.written, problem.window, problem.slack, **scales)
         after = ring.append(k, v, lengths=rows.q_length)
-        rows = rows._replace(length=after.length, written=after.written)
-        return *xla.forward(problem, rows, q, after.k, after.v, sink_logits), after.k, after.v
+        rows = rows._replace(**{name: getattr(after, name) for name in ("length", "written", *scales)})
+        return *xla.forward(problem, rows, q, after.k, after.v, sink_logits), after.k, after.v, rows
 
 
 @pytest.fixture
@@ -285,9 +327,25 @@ def test_a_gradient_and_vmap_take_the_two_steps(offering):
         return jax.grad(loss)(few), jax.vmap(call)(jnp.stack([few[0], few[0] + 1]))
 
     def wrong(problem, rows, q, k, v, ring_k, ring_v, sink_logits):
-        return jnp.full_like(q, jnp.nan), jnp.zeros((q.shape[0], q.shape[2], q.shape[1])), ring_k, ring_v
+        lse = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+        return jnp.full_like(q, jnp.nan), lse, ring_k, ring_v, rows
 
     offering.append_attend = wrong
     found = jax.jit(both, static_argnums=2)(few, ring, "offering")
     exact = jax.jit(both, static_argnums=2)(few, ring, "xla")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, exact)
+
+
+def test_a_gradient_of_queries_alone_goes_through_a_quantised_ring(offering):
+    """Written in one launch or in two steps; a gradient of keys is refused either way."""
+    _, (q, k, v) = ring_and_tokens(2)
+    quantised = rj.RingBuffer.empty(2, 2, 8, Window.causal(10, sinks=1), slack=5, dtype="int8")
+    quantised = quantised.append(k, v)
+
+    def loss(q, k, implementation):
+        return (rj.attend(q, k, v, quantised, implementation=implementation)[0] ** 2).sum()
+
+    found, exact = (jax.jit(jax.grad(loss), static_argnums=2)(q, k, name) for name in ("offering", "xla"))
+    np.testing.assert_allclose(found, exact, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="for gradients of keys and values"):
+        jax.grad(loss, argnums=1)(q, k, "offering")

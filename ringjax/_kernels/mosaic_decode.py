@@ -7,7 +7,9 @@ loads.
 
 The tiles of one head may be split over the programs of a thread-block cluster: their partial results go to the first
 one's shared memory and are merged there. The new tokens can be written by the same launch (`append_attend`): the
-program that reads a slot writes it first, and reads that tile last.
+program that reads a slot writes it first, and reads that tile last. So can the row's counters.
+
+Of a quantised ring, nothing is widened (`mosaic_eight_bits`).
 """
 
 import functools
@@ -17,12 +19,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
-from ringjax._kernels.mosaic_tile import BY_COLUMN, LOG2E, pad_axis, plgpu, rounded_up, swizzled
+from ringjax._kernels import mosaic_eight_bits as eight_bits
+from ringjax._kernels.mosaic_tile import BY_COLUMN, BY_ROW, LOG2E, pad_axis, plgpu, rounded_up, swizzled
 from ringjax._kernels.problem import Problem, Rows
 from ringjax._kernels.tiles import MosaicDecodeTiles, mosaic_decode_tiles
+from ringjax._quantised import quantise
 from ringjax._schedule import slot_tiles
-from ringjax._slots import slot_of_position
+from ringjax._slots import INVALID, slot_of_position
 
 LAYOUT = plgpu.Layout
 PIECE = 64  # rows of a warpgroup's product
@@ -34,13 +41,14 @@ FLOOR = -1e30
 
 def most_rows(problem: Problem) -> int:
     """Queries of a program; more are split over programs, each of which reads the ring."""
-    return 64 if max(problem.head_dim, problem.value_dim) <= 128 else 32  # more would spill registers
+    most = 64 if max(problem.head_dim, problem.value_dim) <= 128 else 32  # more would spill registers
+    return most // 2 if problem.quantised else most
 
 
 def writes(problem: Problem) -> bool:
     """Whether `append_attend` can write the call's tokens itself: no two programs then read what one of them writes."""
     together = problem.queries * problem.group <= most_rows(problem)
-    return together and problem.queries <= MOST_NEW and problem.q_stride == 1 and not problem.quantised
+    return together and problem.queries <= MOST_NEW and problem.q_stride == 1
 
 
 def forward(
@@ -59,12 +67,13 @@ def forward(
     Args:
       problem, rows: of the call, whose layout is a ring's.
       q: [B, T, N, H], bfloat16 or float16.
-      k, v: [B, K, C, H] and [B, K, C, Hv] in storage order, of the same dtype.
+      k, v: [B, K, C, H] and [B, K, C, Hv] in storage order, of the same dtype, or of 8 bits with scales in `rows`.
       sink_logits: [N] or None.
       tiles: None: the tuned ones.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU: tests do.
     """
-    return _launch(problem, rows, q, k, v, None, sink_logits, tiles, interpret)
+    out, lse, _ = _launch(problem, rows, q, k, v, None, sink_logits, tiles, interpret)
+    return out, lse
 
 
 def append_attend(
@@ -79,10 +88,11 @@ def append_attend(
     *,
     tiles: MosaicDecodeTiles | None = None,
     interpret: Any = None,
-) -> tuple[Array, Array, Array, Array]:
-    """Writes T tokens and attends to the ring with them, in one launch: output, lse and the new ring.
+) -> tuple[Array, Array, Array, Array, Rows]:
+    """Writes T tokens and attends to the ring with them, in one launch: output, lse, the new ring and its rows.
 
-    The ring is written in place where the caller donates it or does not use it again; XLA copies it otherwise.
+    The ring, its counters and its scales are written in place where the caller donates them or does not use them again;
+    XLA copies them otherwise.
 
     Args:
       problem: of the call; `writes(problem)` holds.
@@ -92,9 +102,18 @@ def append_attend(
       sink_logits, tiles, interpret: as for `forward`.
     """
     assert writes(problem)
+    new = {"new_k": k, "new_v": v}
+    if problem.quantised:
+        (k, k_scale), (v, v_scale) = (quantise(x, problem.kv_dtype) for x in (k, v))
+        new = {"new_k": k, "new_v": v, "new_k_scale": k_scale, "new_v_scale": v_scale}
+    in_place = ["k_scale", "v_scale"] if problem.quantised else []
+    if interpret is None:
+        in_place += ["length", "written"]
+    refs: dict[str, Any] = {name: jax.new_ref(getattr(rows, name)) for name in in_place}
     k_ref, v_ref = jax.new_ref(ring_k), jax.new_ref(ring_v)
-    out, lse = _launch(problem, rows, q, k_ref, v_ref, (k, v), sink_logits, tiles, interpret)
-    return out, lse, jax.freeze(k_ref), jax.freeze(v_ref)
+    out, lse, rows = _launch(problem, rows._replace(**refs), q, k_ref, v_ref, new, sink_logits, tiles, interpret)
+    rows = rows._replace(**{name: jax.freeze(ref) for name, ref in refs.items()})
+    return out, lse, jax.freeze(k_ref), jax.freeze(v_ref), rows
 
 
 class _Row(NamedTuple):
@@ -154,19 +173,23 @@ def _launch(
     q: Array,
     k: Any,
     v: Any,
-    new: tuple[Array, Array] | None,
+    new: dict[str, Array] | None,
     sink_logits: Array | None,
     tiles: MosaicDecodeTiles | None,
     interpret: Any,
-) -> tuple[Array, Array]:
-    """The kernel; `k` and `v` are references, written to, if there are new tokens."""
+) -> tuple[Array, Array, Rows]:
+    """The kernel; `k` and `v` are references, written to, if there are new tokens: the rows are those after them."""
     batch, chunk, kv_heads, group = problem.batch, problem.queries, problem.kv_heads, problem.group
-    depth, value_depth = (rounded_up(x, PIECE) for x in (problem.head_dim, problem.value_dim))
-    dtype, out_dtype, f32 = q.dtype, jnp.dtype(problem.out_dtype), jnp.float32
+    dtype, out_dtype, f32 = jnp.dtype(problem.kv_dtype), jnp.dtype(problem.out_dtype), jnp.float32
+    columns = 128 // dtype.itemsize  # of one load
+    depth, value_depth = (rounded_up(x, columns) for x in (problem.head_dim, problem.value_dim))
+    eight, sum_dtype, parts = problem.quantised, jnp.int32 if dtype == jnp.int8 else f32, 1
+    unit = finer = 1.0
+    if eight:  # queries and weights have two parts
+        parts, unit, finer = 2, 1.0 / eight_bits.WHOLE[dtype.name], 1.0 / eight_bits.FINER[dtype.name]
     capacity, window = problem.keys, problem.window
     sinks, around = window.sinks, problem.keys - window.sinks
     packed = chunk * group
-    q = pad_axis(q, 3, depth)
     row_tiles = -(-packed // most_rows(problem))
     width = min(rounded_up(packed, 8), most_rows(problem))  # queries of a program
     tiles = tiles or mosaic_decode_tiles(
@@ -176,6 +199,7 @@ def _launch(
         rows=width,
         head_dim=depth,
         value_dim=value_depth,
+        itemsize=dtype.itemsize,
     )
     block, stages, splits = tiles.block_size, tiles.stages, tiles.splits
     pieces = range(0, block, PIECE)
@@ -183,29 +207,44 @@ def _launch(
     # One token's queries are rows as they are: a program reads those past its group too (they belong to the next
     # head, and are zeros past the end), and writes its own only. A chunk's are put together first.
     direct = chunk == 1 and row_tiles == 1
+    stride, written_rows = (group, group) if direct else (row_tiles * width, width)
+    operands: dict[str, Any] = {}
+    if eight:
+        operands |= {"k_scale": rows.k_scale, "v_scale": rows.v_scale}
+    else:
+        q = pad_axis(q, 3, depth)
     if direct:
-        stride, written_rows = group, group
         q = q.reshape(batch * kv_heads * group, -1)
         if interpret is not None:  # whose loads end where the array does
             q = pad_axis(q, 0, q.shape[0] + width - group)
     else:
-        stride, written_rows = row_tiles * width, width
         q = jnp.moveaxis(q.reshape(batch, chunk, kv_heads, group, -1), 1, 2)
         q = pad_axis(q.reshape(batch, kv_heads, packed, -1), 2, stride).reshape(batch * kv_heads * stride, -1)
     out_rows = batch * kv_heads * stride
 
-    operands: dict[str, Any] = {"q": q, "start": rows.q_start, "length": rows.length, "written": rows.written}
+    operands |= {"q": q, "length": rows.length, "written": rows.written}
+    if new is None:
+        operands["start"] = rows.q_start
     if rows.q_length is not None:
         operands["q_length"] = rows.q_length
     if sink_logits is not None:
         by_row = jnp.tile(sink_logits.astype(f32).reshape(kv_heads, 1, group), (1, chunk, 1)) * LOG2E
         operands["sink_logits"] = pad_axis(by_row.reshape(kv_heads, packed), 1, row_tiles * width).reshape(-1)
     if new is not None:
-        operands |= {"new_k": new[0], "new_v": new[1]}
+        operands |= new
     operands |= {"k": k, "v": v}
 
+    results = {
+        "out": jax.ShapeDtypeStruct((out_rows, value_depth), out_dtype),
+        "lse": jax.ShapeDtypeStruct((batch * kv_heads * row_tiles, width), f32),
+    }
+    if new is not None and interpret is not None:
+        counts = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        results |= {"new_length": counts, "new_written": counts}
+    readers = kv_heads * splits  # programs of one row
+
     def kernel(*refs: Any, **scratch: Any) -> None:
-        ref = dict(zip((*operands, "out", "lse"), refs, strict=True))
+        ref = dict(zip((*operands, *results), refs, strict=True))
         p_smem = scratch["p_smem"]
         # One memory in two forms: what a load writes, what a product reads.
         (q_into, q_smem), (k_into, k_smem), (v_into, v_smem) = (
@@ -217,13 +256,16 @@ def _launch(
         if overlap:  # set up while the kernel before this one ends; no memory is touched before it has
             plgpu.griddepcontrol_wait()
             plgpu.griddepcontrol_launch_dependents()
-        start, real = ref["start"][b], jnp.int32(chunk) if "q_length" not in ref else ref["q_length"][b]
+        real = jnp.int32(chunk) if "q_length" not in ref else ref["q_length"][b]
         length, written = ref["length"][b], ref["written"][b]
         before = length
-        if new is not None:
+        if new is None:
+            row = _row(problem, ref["start"][b], real, length, written)
+        else:
+            was_written = undisturbed(length, written, slack=problem.slack, readers=readers)
             length = length + real
-            written = jnp.maximum(written, length)
-        row = _row(problem, start, real, length, written)
+            written = jnp.maximum(was_written, length)
+            row = _row(problem, before, real, length, written)
         low, first, end = slot_tiles(
             sinks + row.newest, row.oldest + 1, row.pinned_held, sinks=sinks, capacity=capacity, block_size=block
         )
@@ -247,13 +289,24 @@ def _launch(
             place = mine + jnp.where(place >= count, place - count, place)
             return jnp.where(place < low, place, first + place - low)
 
-        q_row = (b * kv_heads + head) * stride + row_tile * width
+        program = (b * kv_heads + head) * row_tiles + row_tile
+        out_row = (b * kv_heads + head) * stride + row_tile * width
 
         @pl.when(role == 0)
         def _compute() -> None:
             def across(x: Any) -> Any:
                 """One number per query, to [PIECE, queries]."""
                 return lax.broadcast_in_dim(x, (PIECE, width), [1])
+
+            def both(x: Any) -> Any:
+                """The worth of the two parts of 64 rows."""
+                first, second = x[:, :width].astype(f32), x[:, width:].astype(f32)
+                return first + second * finer
+
+            def scale_of(stage: Any, which: int, c: int) -> Any:
+                """One number per key."""
+                at = scratch["scales"].at[stage, which, pl.ds(c, PIECE)]
+                return lax.broadcast_in_dim(plgpu.load(at, layout=BY_ROW, optimized=False), (PIECE, width), [0])
 
             time: Any = None  # each query's index in the chunk, where that matters
             if chunk > 1 and (problem.q_stride or "q_length" in ref):
@@ -301,6 +354,11 @@ def _launch(
                     if row.pinned is not None:
                         last = (real - 1) * problem.q_stride
                         any_pinned = jnp.minimum(any_pinned, row.pinned + last)
+                    if eight:
+                        for j in range(value_depth // columns):
+                            eight_bits.without_nan(v_smem.at[stage, j])
+                        plgpu.commit_smem()
+                        return
                     for c in pieces:
                         for j in range(value_depth // PIECE):
                             at = v_smem.at[stage, j, pl.ds(c, PIECE)]
@@ -310,15 +368,44 @@ def _launch(
                             at[...] = jnp.where(keep, values, jnp.zeros_like(values))
                     plgpu.commit_smem()
 
-            plgpu.barrier_wait(q_full)
+            if "counts_read" in scratch:
+                plgpu.barrier_arrive(scratch["counts_read"])
+            if not eight:
+                plgpu.barrier_wait(q_full)
+            elif interpret is None:
+                eight_bits.store_queries(ref["q"], q_smem, scratch["q_scale"], out_row, written_rows, dtype)
+            else:
+                halves, scratch["q_scale"][...] = eight_bits.split_queries(ref["q"][pl.ds(out_row, width)], dtype)
+                for j in range(depth // columns):
+                    some = halves[:, j * columns : (j + 1) * columns]
+                    q_smem[j] = jnp.pad(some, ((0, 0), (0, columns - some.shape[1])))
+            if eight:
+                plgpu.commit_smem()
 
             def logits(stage: Any) -> Any:
                 def product(acc: Any) -> Any:
-                    for j in range(depth // PIECE):
+                    for j in range(depth // columns):
                         plgpu.wgmma(acc, k_smem.at[stage, j], q_smem.at[j].T)
                     return acc[...]
 
-                return pl.run_scoped(product, plgpu.ACC((block, width), f32))
+                return pl.run_scoped(product, plgpu.ACC((block, parts * width), sum_dtype))
+
+            def add_eight_bits(total: tuple[Any, ...], stage: Any) -> tuple[Any, ...]:
+                found = []
+                for j in range(value_depth // columns):
+                    if interpret is not None:
+                        values, weights = (jnp.nan_to_num(x[...].astype(f32)) for x in (v_smem.at[stage, j], p_smem))
+                        product = jnp.dot(values.T, weights.T, preferred_element_type=f32)
+                    else:
+                        values = eight_bits.transposed_values(v_smem.at[stage, j], dtype)
+
+                        def multiply(acc: Any, values: Any = values) -> Any:
+                            plgpu.wgmma(acc, values, p_smem.T)
+                            return acc[...]
+
+                        product = pl.run_scoped(multiply, plgpu.ACC((columns, parts * width), sum_dtype))
+                    found += [both(product[i : i + PIECE]) for i in range(0, columns, PIECE)]
+                return tuple(x + y for x, y in zip(total, found, strict=True))
 
             def add_values(total: tuple[Any, ...], stage: Any) -> tuple[Any, ...]:
                 if interpret is not None:
@@ -336,35 +423,64 @@ def _launch(
                 return pl.run_state(product)(tuple(plgpu.ACC.init(x) for x in total))
 
             factor = problem.scale * LOG2E if problem.softcap is None else problem.softcap * LOG2E
+            if eight:
+                q_scale = across(plgpu.load(scratch["q_scale"], layout=BY_COLUMN, optimized=False))
+
+            def hidden_zero(i: Any) -> Any:
+                """A constant stage would have the compiler keep every address in a register: 219 instead of 128."""
+                return jnp.minimum(count - 1 - i, 0)
 
             def step(i: Any, carry: Any) -> Any:
                 total, largest, normaliser = carry
-                stage = lax.rem(i, jnp.int32(stages))
+                stage = lax.rem(i, jnp.int32(stages)) if stages > 1 else hidden_zero(i)
                 plgpu.barrier_wait(k_full.at[stage])
                 whole = logits(stage)
                 plgpu.barrier_arrive(k_free.at[stage])
-                s = []
+                s, masks = [], []
+                if eight:
+                    plgpu.barrier_wait(scratch["scales_full"].at[stage])
                 for c in pieces:
                     x = whole[c : c + PIECE]
+                    if eight:
+                        x = both(x) * (scale_of(stage, 0, c) * q_scale)
                     if problem.softcap is not None:
                         x = jnp.tanh(x * (problem.scale / problem.softcap))
                     slot = plgpu.broadcasted_iota(jnp.int32, (PIECE, width), 0, layout=LAYOUT.WGMMA)
                     mask = seen(slot + (tile_at(i) * block + c), oldest, youngest, pinned)
+                    if eight:  # a value's scale is a factor of its weight, which then has 1 as its bound
+                        masks.append(mask)
+                        x = x * factor + scale_of(stage, 1, c)
                     s.append(jnp.where(mask, x, -jnp.inf))
-                new_largest = jnp.maximum(largest, functools.reduce(jnp.maximum, s).max(axis=0) * factor)
+                s_factor = 1.0 if eight else factor
+                new_largest = jnp.maximum(largest, functools.reduce(jnp.maximum, s).max(axis=0) * s_factor)
                 shrink = jnp.exp2(largest - new_largest)
-                p = [jnp.exp2(x * factor - across(new_largest)) for x in s]
+                p = [jnp.exp2(x * s_factor - across(new_largest)) for x in s]
                 # By key until the end: summing over keys crosses the warps.
                 shrink = across(shrink)
-                normaliser = normaliser * shrink + functools.reduce(jnp.add, p)
+                shares = p
+                if eight:
+                    shares = [
+                        jnp.where(mask, x * scale_of(stage, 2, c), 0.0)
+                        for x, c, mask in zip(p, pieces, masks, strict=True)
+                    ]
+                normaliser = normaliser * shrink + functools.reduce(jnp.add, shares)
                 total = tuple(x * shrink for x in total)
                 for x, c in zip(p, pieces, strict=True):
+                    if eight and interpret is None:
+                        eight_bits.store_weights(x, p_smem, c, dtype)
+                        continue
+                    if eight:
+                        halves = eight_bits.split(x * (1.0 / unit), dtype)
+                        for i, half in enumerate(halves):
+                            p_smem[pl.ds(i * width, width), pl.ds(c, PIECE)] = half.T
+                        continue
                     at = p_smem.at[:, pl.ds(c, PIECE)]
                     at.T[...] = plgpu.layout_cast(x.astype(dtype), LAYOUT.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(v_full.at[stage])
-                clear(i, stage)
-                total = add_values(total, stage)
+                if not eight or (dtype != jnp.int8 and interpret is None):
+                    clear(i, stage)
+                total = (add_eight_bits if eight else add_values)(total, stage)
                 plgpu.barrier_arrive(v_free.at[stage])
                 return total, new_largest, normaliser
 
@@ -377,26 +493,31 @@ def _launch(
             def share_and_lse(largest: Any, normaliser: Any) -> tuple[Any, Any]:
                 """From the maximum and the sums by key, both [PIECE, queries]; the same in all rows."""
                 normaliser = across(normaliser.sum(axis=0))
-                found = normaliser > 0.0
+                found = normaliser != 0.0  # NaN shows
                 sum_of_all = normaliser
                 if "sink_logits" in ref:
                     at = ref["sink_logits"].at[pl.ds((head * row_tiles + row_tile) * width, width)]
                     sink = across(plgpu.load(at, layout=BY_COLUMN, optimized=False))
                     sum_of_all = sum_of_all + jnp.exp2(sink - largest)
-                share = jnp.where(found, 1.0 / sum_of_all, 0.0)
+                share = jnp.where(found, unit / sum_of_all, 0.0)
                 lse = jnp.where(found, largest * (1.0 / LOG2E) + jnp.log(normaliser), -jnp.inf)
                 return share, lse
 
-            def write(parts: list[Any], lse: Any) -> None:
+            def write(pieces: list[Any], lse: Any) -> None:
                 out_smem, lse_smem = scratch["out_smem"], scratch["lse_smem"]
-                for j, part in enumerate(parts):
+                if eight and interpret is None:
+                    for j in range(0, len(pieces), 2):
+                        eight_bits.store_output(pieces[j : j + 2], out_smem, PIECE * j)
+                    pieces = []
+                for j, part in enumerate(pieces):
                     at = out_smem.at[:, pl.ds(PIECE * j, PIECE)]
                     _store(at.T, plgpu.layout_cast(part.astype(out_dtype), LAYOUT.WGMMA_TRANSPOSED))
                 _store(lse_smem, lse)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, written_rows)], ref["out"].at[pl.ds(q_row, written_rows)])
-                at = (b * kv_heads + head) * row_tiles + row_tile
-                plgpu.copy_smem_to_gmem(lse_smem.at[0], ref["lse"].at[at])
+                plgpu.copy_smem_to_gmem(
+                    out_smem.at[pl.ds(0, written_rows)], ref["out"].at[pl.ds(out_row, written_rows)]
+                )
+                plgpu.copy_smem_to_gmem(lse_smem.at[0], ref["lse"].at[program])
                 plgpu.wait_smem_to_gmem(0)
 
             if splits == 1:
@@ -449,12 +570,13 @@ def _launch(
             zero = lax.rem(row_tile, jnp.int32(1))  # a start that is not constant may have an end past the array's
 
             def fetch(rows_of: Any, into: Any, full: Any) -> None:
-                """Rows, 64 columns at a time; past the end of the array or of its rows there are zeros."""
+                """Rows, 128 bytes at a time; past the end of the array or of its rows there are zeros."""
                 for j in range(into.shape[0]):
-                    columns = rows_of.at[:, pl.ds(zero + PIECE * j, PIECE)]
-                    plgpu.copy_gmem_to_smem(columns, into.at[j], full)
+                    some = rows_of.at[:, pl.ds(zero + columns * j, columns)]
+                    plgpu.copy_gmem_to_smem(some, into.at[j], full)
 
-            fetch(ref["q"].at[pl.ds(q_row, width)], q_into, q_full)
+            if not eight:
+                fetch(ref["q"].at[pl.ds(out_row, width)], q_into, q_full)
             ready = issue = jnp.int32(-1)  # the steps before which the new tokens are in the ring, are sent there
             if new is not None:
                 new_k, new_v, new_full = scratch["new_k"], scratch["new_v"], scratch["new_full"]
@@ -490,6 +612,8 @@ def _launch(
                     def _here() -> None:
                         for name, tokens, size in (("k", new_k, problem.head_dim), ("v", new_v, problem.value_dim)):
                             plgpu.copy_smem_to_gmem(tokens.at[t, pl.ds(0, size)], ref[name].at[b, head, slot])
+                            if eight:  # by every thread: each then reads what it wrote itself
+                                ref[f"{name}_scale"][b, head, slot] = ref[f"new_{name}_scale"][b, t, head]
 
                     return ()
 
@@ -508,9 +632,30 @@ def _launch(
                 fetch(ref["k"].at[b, head, slots], k_into.at[stage], k_full.at[stage])
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[stage]))
                 fetch(ref["v"].at[b, head, slots], v_into.at[stage], v_full.at[stage])
+                if eight:
+                    scales = scratch["scales"].at[stage]
+                    of_keys, of_values = ref["k_scale"].at[b, head], ref["v_scale"].at[b, head]
+                    if interpret is None:
+                        eight_bits.load_scales(of_keys, of_values, scales, tile_at(i) * block, capacity)
+                    else:
+                        least = jnp.maximum(of_values[slots], eight_bits.LEAST)
+                        scales[...] = jnp.stack([of_keys[slots], jnp.log2(least), 1.0 / least])
+                    plgpu.barrier_arrive(scratch["scales_full"].at[stage])
                 return ()
 
             lax.fori_loop(0, count, load, ())
+            if new is not None and interpret is None:
+                plgpu.barrier_wait(scratch["counts_read"])
+                step = jnp.int32(problem.slack + 1)
+                last = was_written + (readers - 1) * step
+                _count(ref["length"].at[b], ref["written"].at[b], step, last, length, written)
+            elif new is not None:
+
+                @pl.when((head == 0) & (split == 0))
+                def _() -> None:
+                    ref["new_length"][b] = length
+                    ref["new_written"][b] = written
+
             if interpret is not None:  # which wants every completed phase of a barrier observed
 
                 def drain(i: Any, _: Any) -> Any:
@@ -521,22 +666,28 @@ def _launch(
                 lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
 
     scratch = {
-        "q_smem": _two_forms((depth // PIECE, width, PIECE), dtype, interpret),
-        "k_smem": _two_forms((stages, depth // PIECE, block, PIECE), dtype, interpret),
-        "v_smem": _two_forms((stages, value_depth // PIECE, block, PIECE), dtype, interpret),
-        "p_smem": swizzled((width, block), dtype),
+        "q_smem": _two_forms((depth // columns, parts * width, columns), dtype, interpret),
+        "k_smem": _two_forms((stages, depth // columns, block, columns), dtype, interpret),
+        "v_smem": _two_forms((stages, value_depth // columns, block, columns), dtype, interpret),
+        "p_smem": swizzled((parts * width, block), dtype),
         "out_smem": plgpu.SMEM((width, value_depth), out_dtype),
         "lse_smem": plgpu.SMEM((PIECE, width), f32),
-        "q_full": plgpu.Barrier(num_arrivals=depth // PIECE),
-        "k_full": plgpu.Barrier(num_arrivals=depth // PIECE, num_barriers=stages),
+        "q_full": plgpu.Barrier(num_arrivals=depth // columns),
+        "k_full": plgpu.Barrier(num_arrivals=depth // columns, num_barriers=stages),
         "k_free": plgpu.Barrier(num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=value_depth // PIECE, num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=value_depth // columns, num_barriers=stages),
         "v_free": plgpu.Barrier(num_barriers=stages),
     }
+    if eight:
+        scratch["scales"] = plgpu.SMEM((stages, 3, block), f32)
+        scratch["scales_full"] = plgpu.Barrier(num_barriers=stages)
+        scratch["q_scale"] = plgpu.SMEM((width,), f32)
     if new is not None:
         scratch["new_k"] = plgpu.SMEM((chunk, depth), dtype)
         scratch["new_v"] = plgpu.SMEM((chunk, value_depth), dtype)
         scratch["new_full"] = plgpu.Barrier(num_arrivals=2)
+        if interpret is None:
+            scratch["counts_read"] = plgpu.Barrier()
     grid: dict[str, Any] = {"grid": (row_tiles, kv_heads, batch), "grid_names": ("rows", "head", "batch")}
     if splits > 1:
         # Stores into another program's shared memory want 8 floats a row: a swizzle of 32 bytes.
@@ -546,12 +697,9 @@ def _launch(
         grid |= {"cluster": (splits,), "cluster_names": ("split",)}
     else:
         grid = {"grid": (1, *grid["grid"]), "grid_names": ("split", *grid["grid_names"])}
-    out, lse = plgpu.kernel(
+    out, lse, *counters = plgpu.kernel(
         kernel,
-        out_type=[
-            jax.ShapeDtypeStruct((out_rows, value_depth), out_dtype),
-            jax.ShapeDtypeStruct((batch * kv_heads * row_tiles, width), f32),
-        ],
+        out_type=list(results.values()),
         num_threads=2,
         thread_name="role",
         scratch_types=scratch,
@@ -572,7 +720,51 @@ def _launch(
     if not direct:
         out = out.reshape(batch, kv_heads, stride, -1)[:, :, :packed]
         out = jnp.moveaxis(out.reshape(batch, kv_heads, chunk, group, -1), 2, 1)
-    return out.reshape(batch, chunk, problem.heads, problem.value_dim), lse
+    if counters:
+        rows = rows._replace(length=counters[0], written=counters[1])
+    return out.reshape(batch, chunk, problem.heads, problem.value_dim), lse, rows
+
+
+def undisturbed(length: Any, written: Any, *, slack: int, readers: int) -> Any:
+    """`written` as it was before the launch, of a row that some of its `readers` programs have counted themselves in.
+
+    A launch writes the row's counters in place, and no program of it waits for another. So none may write before all
+    have read; each adds slack + 1 to `written` when it has, and the one that finds itself the last writes both
+    counters (`_count`). Until then `length` stays, and `written`, which was `length` and up to the slack, or
+    `INVALID`, can be told: an array of arrivals would be one to be cleared before each launch. The sum may overflow.
+    """
+    ahead = written - length
+    behind = (ahead >= 0) & (ahead < (slack + 1) * readers)
+    return jnp.where(behind, length + lax.rem(ahead, jnp.int32(slack + 1)), INVALID)
+
+
+def _count(length: Any, written: Any, step: Any, last: Any, new_length: Any, new_written: Any) -> None:
+    """Adds `step` to `written`; who finds `last` there writes the new counters."""
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), scalar, scalar, scalar, scalar))
+    def count(_: Any, length: Any, written: Any, *numbers: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        one_thread = arith.extui(i32, utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP))
+        pointers = [utils.memref_ptr(x) for x in (length, written)]
+        llvm.inline_asm(
+            None,
+            [*pointers, *(x.registers.item() for x in numbers), one_thread],
+            """{
+            .reg .pred mine, last;
+            .reg .b32 found;
+            setp.ne.b32 mine, $6, 0;
+            mov.b32 found, 0;
+            @mine atom.acq_rel.gpu.global.add.u32 found, [$1], $2;
+            setp.eq.and.b32 last, found, $3, mine;
+            @last st.global.b32 [$0], $4;
+            @last st.global.b32 [$1], $5;
+            }""",
+            "l,l,r,r,r,r,r",
+            has_side_effects=True,
+        )
+
+    count(length, written, step, last, new_length, new_written)
 
 
 def _store(ref: Any, value: Any) -> None:

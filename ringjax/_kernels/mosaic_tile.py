@@ -69,6 +69,7 @@ class Positions(NamedTuple):
       distance: position of the query tile's first query less that of the key tile's first key.
       k_first: index of the key tile's first key.
       q_segments, k_segments: of the tiles' queries and keys, or None.
+      sinks: keys before this index are sinks; None: those before `window.sinks`.
     """
 
     window: Window
@@ -77,23 +78,32 @@ class Positions(NamedTuple):
     k_first: Any
     q_segments: Any = None
     k_segments: Any = None
+    sinks: Any = None
 
     def visible(self, shape: tuple[int, int], q_axis: int) -> Any:
         """Boolean tile of `shape`, queries along `q_axis`; None if everything is visible."""
 
-        def along(axis: int, start: Any) -> Any:
+        def line(axis: int, start: Any) -> Any:
             layout = plgpu.Layout.WGMMA.reduce(1 - axis)
             x = plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout) + start
             # Behind the barrier no positions stay in registers from tile to tile (432 -> 220 B of spills).
-            return lax.broadcast_in_dim(lax.optimization_barrier(x), shape, [axis])
+            return lax.optimization_barrier(x)
+
+        def along(axis: int, start: Any) -> Any:
+            return lax.broadcast_in_dim(line(axis, start), shape, [axis])
 
         window, seen = self.window, []
         key = along(1 - q_axis, self.k_first)
         if window.left is not None or window.right is not None:
             behind = along(q_axis, self.distance + self.k_first) - key
             if window.left is not None:
-                near = behind <= window.left
-                seen.append(near | (key < window.sinks) if window.sinks else near)
+                reach: Any = window.left
+                if window.sinks:  # a limit for each key: a second mask would cost registers
+                    sinks = window.sinks if self.sinks is None else self.sinks
+                    pinned = line(1 - q_axis, self.k_first) < sinks
+                    reach = jnp.where(pinned, jnp.iinfo(jnp.int32).max, window.left)
+                    reach = lax.broadcast_in_dim(reach, shape, [1 - q_axis])
+                seen.append(behind <= reach)
             if window.right is not None:
                 seen.append(behind >= -window.right)
         if self.keys is not None:

@@ -5,6 +5,7 @@ so that a test can pretend to be on any device. `Rows` holds the integers of eac
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ class Problem:
       platform: "cpu", "gpu", "tpu"; device_kind: such as "NVIDIA H200".
       tiles: the caller's tile sizes; None in a field means the implementation's own choice.
       deterministic: whether two runs must agree bit for bit.
+      lse: whether anybody reads the lse; if not, it may be rough, or nothing at all.
     """
 
     batch: int
@@ -63,6 +65,7 @@ class Problem:
     device_kind: str = "cpu"
     tiles: Tiles = AUTOMATIC
     deterministic: bool = False
+    lse: bool = True
 
     @property
     def group(self) -> int:
@@ -102,6 +105,29 @@ class Rows(NamedTuple):
     kv_segments: jax.Array | None = None
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
+
+
+class Walk(NamedTuple):
+    """Which pairs of a query and a key an implementation computes, masked ones and overhang included: for `explain`.
+
+    Attributes:
+      sizes: of its tiles, none of them None.
+      on_grid: whether its blocks lie on a grid from key (or slot) 0 on, and those with a visible pair are computed. If
+        not, a query tile's blocks begin at the first key that any of it sees, and the rest tells which are computed:
+      sinks: storage indices [0, sinks) are a block of their own, always computed.
+      blocks: the most others that one query tile can need; a single one is always computed.
+      rows_apart: whether each row of the batch computes what it needs itself, or what any row needs.
+      skips: whether blocks between the first and the last that is needed are skipped if they are not.
+      one_pass: from the slots of a ring in use, whether it is read as one block; None: never.
+    """
+
+    sizes: Tiles
+    on_grid: bool = False
+    sinks: int = 0
+    blocks: int = 1
+    rows_apart: bool = False
+    skips: bool = False
+    one_pass: Callable[[int], bool] | None = None
 
 
 def query_positions(problem: Problem, rows: Rows, queries: Any) -> jax.Array:

@@ -94,6 +94,7 @@ class MosaicForwardTiles(NamedTuple):
       persistent: whether a program takes one query tile after another.
       heads_inner: whether neighbouring programs have the heads of one query tile, or the query tiles of one head.
       take_turns: whether the warpgroups take turns at the tensor cores.
+      polynomial: columns of a tile whose exponentials are computed without the special function unit.
       registers, loader_registers: of each thread of a computing and of the loading warpgroup.
     """
 
@@ -103,22 +104,29 @@ class MosaicForwardTiles(NamedTuple):
     persistent: bool = True
     heads_inner: bool = True
     take_turns: bool = True
+    polynomial: int = 0
     registers: int = 240
     loader_registers: int = 24
 
 
-def mosaic_forward_tiles(tiles: Tiles, *, head_dim: int, group: int) -> MosaicForwardTiles:
+def mosaic_forward_tiles(
+    tiles: Tiles, *, head_dim: int, group: int, softcap: float | None = None
+) -> MosaicForwardTiles:
     """Sizes for the Hopper forward kernel; `head_tile_size` and `tile_size` have no say in it.
 
     Persistent programs gave 4% at W = 4096 and 10 to 20% at W = 1024, where a program has few tiles to hide its start
     behind. Blocks of 64 keys cost 15% at head size 128; at 256 no more fit into shared memory. Without a group to share
     the keys, heads side by side read more than stays in L2: 447 against 472 TFLOP/s on (4, 8192, 16, 16, 128, W 1024),
     while with a group of four they gain 8% at W = 4096. Turns gave 6% at head sizes 64 and 128, where the exponentials
-    take as long as the products, and cost 3% at 256. (One H200, jax 0.11.2, 2026-11-22.)
+    take as long as the products, and cost 3% at 256. With a softcap there are twice as many: a quarter of them by a
+    polynomial took row A from 510 to 537 TFLOP/s (an eighth: 527, half: 516) and row C from 259 to 297, and cost 3% on
+    row D; without one they cost 3 to 6% on row C. (One H200, jax 0.11.2, 2026-11-22.)
     """
     largest = 128 if head_dim <= 128 else 64
     block = largest if tiles.block_size is None else min(largest, max(64, tiles.block_size // 64 * 64))
-    return MosaicForwardTiles(block_size=block, heads_inner=group > 1, take_turns=head_dim <= 128)
+    narrow = head_dim <= 128
+    polynomial = block // 4 if softcap is not None and narrow else 0
+    return MosaicForwardTiles(block_size=block, heads_inner=group > 1, take_turns=narrow, polynomial=polynomial)
 
 
 class MosaicBackwardTiles(NamedTuple):
@@ -131,6 +139,8 @@ class MosaicBackwardTiles(NamedTuple):
       q_stages, g_stages: tiles of the queries and of the output's cotangents in shared memory.
       heads_outer: whether the heads of a group pass one after the other, or all of them tile by tile.
       descending: whether the query tiles pass by from the last to the first (fused only).
+      skip: whether, in the kernels of dk and dv, a warpgroup leaves out query tiles that see none of its own keys; in
+        the fused kernel it does.
       dk_with_dv: whether one kernel makes both.
       dq_block, dq_k_stages, dq_v_stages: of the dq kernel, keys in a tile and tiles in shared memory.
       registers, loader_registers: of each thread of a computing and of the loading warpgroup.
@@ -143,6 +153,7 @@ class MosaicBackwardTiles(NamedTuple):
     g_stages: int = 2
     heads_outer: bool = False
     descending: bool = False
+    skip: bool = True
     dk_with_dv: bool = True
     dq_block: int = 128
     dq_k_stages: int = 2
@@ -151,20 +162,29 @@ class MosaicBackwardTiles(NamedTuple):
     loader_registers: int = 24
 
 
-def mosaic_backward_tiles(tiles: Tiles, *, head_dim: int, window: Window, group: int) -> MosaicBackwardTiles:
+def mosaic_backward_tiles(
+    tiles: Tiles, *, head_dim: int, window: Window, group: int, deterministic: bool = False
+) -> MosaicBackwardTiles:
     """Sizes for the Hopper backward kernels; shared memory and registers leave the caller's `tiles` no say in them.
 
-    Heads one after the other gave 8% at W = 4096 and cost 3% at W = 1024. The query tiles from last to first gave 4 to
-    5% at W = 1024, cost 1% at W = 4096 and 3% under a causal mask without bound. The fused kernel's float32 dq must be
-    cleared before and cast after: on (1, 16384, 32, 8, 128), forward and backward took 0.91 ms fused and 0.73 ms split
-    at W = 128, 1.16 and 0.97 at W = 256; on B of docs/performance.md, W = 1024, 3% less fused; the bound between them
-    is interpolated. At head size 256 dk and dv do not both fit into the registers, nor a fused kernel into shared
-    memory. (One H200, jax 0.11.2, 2026-11-22.)
+    Heads one after the other gave the fused kernel 5% at W = 1024, 21% at W = 4096 and 15% under a causal mask without
+    bound; they cost the others 3% at W = 1024. The query tiles from last to first gave 3% at W = 1024, cost 8% at
+    W = 4096 and 3% without bound. The fused kernel's float32 dq must be cleared before and cast after: on (1, 16384,
+    32, 8, 128), forward and backward took 0.91 ms fused and 0.73 ms split at W = 128, 1.16 and 0.97 at W = 256, before
+    either skipped tiles by warpgroup; the bound is interpolated. Two stages of queries instead of three cost 13%. In
+    the kernels that are not fused, skipping by warpgroup gave 2% at head size 256 and cost 3% at W = 4096, head size
+    128. At 256 dk and dv do not both fit into the registers, nor a fused kernel into shared memory. (One H200, jax
+    0.11.2, 2026-11-22.)
     """
     wide = window.left is None or window.left >= 2047
-    order = {"heads_outer": wide and group > 1, "descending": not wide}
     span = None if window.left is None or window.right is None else window.left + window.right + 1
-    fused = span is None or span > (384 if head_dim == 64 else 768)
+    narrow = span is not None and span <= (384 if head_dim == 64 else 768)
+    fused = not narrow and not deterministic and head_dim <= 128
+    order = {
+        "heads_outer": (wide or fused) and group > 1,
+        "descending": not wide,
+        "skip": narrow or head_dim > 128,
+    }
     if head_dim == 64:
         return MosaicBackwardTiles(fused=fused, tile_size=128, **order)
     if head_dim == 128:
@@ -191,7 +211,7 @@ class MosaicDecodeTiles(NamedTuple):
 
 
 def mosaic_decode_tiles(
-    tiles: Tiles, *, programs: int, slots: int, rows: int, head_dim: int, value_dim: int
+    tiles: Tiles, *, programs: int, slots: int, rows: int, head_dim: int, value_dim: int, itemsize: int = 2
 ) -> MosaicDecodeTiles:
     """Sizes for the Hopper decode kernel.
 
@@ -200,7 +220,9 @@ def mosaic_decode_tiles(
     instead of 2 took 300 us, not 240. With one program a multiprocessor, one stage was as fast as three (63.9 and 65.0
     us at 16 rows; 244 and 251 at 64, where more programs fit side by side with one). Blocks of 64 slots cost 1 to 10%;
     blocks of 256 gained 1% at one row in one run and cost 1% in another. Overlap gave 0.3 us of 10 at one row where
-    launches follow each other in a stream, nothing in a CUDA graph, and cost 1% at 16 rows. (One H200, jax 0.11.2,
+    launches follow each other in a stream, nothing in a CUDA graph, and cost 1% at 16 rows. With 8 bits a number, two
+    stages let several programs share a multiprocessor: 137 us at 64 rows, 138 with three, 142 with one; at head size
+    256 one stage took 147, two 153; and 16 rows took 41.5 with two splits, 43.2 with one. (One H200, jax 0.11.2,
     2026-11-22; docs/decoding.md.)
 
     Args:
@@ -208,7 +230,8 @@ def mosaic_decode_tiles(
       programs: rows of the batch times kv heads, times the programs that share a group's queries.
       slots: C.
       rows: queries of a program.
-      head_dim, value_dim: multiples of 64.
+      head_dim, value_dim: multiples of 64; of 128 with one byte a number.
+      itemsize: bytes of a key's or value's number.
     """
     splits = 1
     while splits < 8 and programs * splits < 120 and 2 * splits <= -(-slots // 128):
@@ -217,17 +240,20 @@ def mosaic_decode_tiles(
     largest = 64 if rows > 32 else 128
     block = largest if tiles.block_size is None else min(largest, max(64, tiles.block_size // 64 * 64))
     stages = 1 if splits == 1 else 2
+    if itemsize == 1:  # two programs a multiprocessor
+        block, stages = 128, 2 if max(head_dim, value_dim) <= 128 else 1
+        splits = 2 if splits == 1 and programs < 240 and slots > 128 else splits
 
     def held(block: int, stages: int, splits: int) -> int:
         """Bytes of shared memory."""
-        ring = stages * block * (head_dim + value_dim) * 2
+        ring = stages * (block * (head_dim + value_dim) * itemsize + 12 * block * (2 - itemsize))
         queries = rows * (2 * head_dim + 2 * block + 4 * value_dim + 256 + 16) + 16 * 2 * (head_dim + value_dim)
         return ring + queries + (splits - 1) * (value_dim + 128) * rows * 4 + 4096
 
     while held(block, stages, splits) > 227 * 1024:
         if stages > 1:
             stages -= 1
-        elif block > 64:
+        elif block > 64 and itemsize > 1:
             block = 64
         else:
             splits //= 2

@@ -9,14 +9,15 @@ the rest. Inside a tile queries are [B, K, G, t, H], keys and values [B, K, s, H
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ringjax._kernels.problem import Problem, Rows, key_positions, query_positions
-from ringjax._kernels.tiles import MANY_ROWS, XlaTiles, xla_tiles
+from ringjax._kernels.problem import Problem, Rows, Walk, key_positions, query_positions
+from ringjax._kernels.tiles import MANY_ROWS, Tiles, XlaTiles, xla_tiles
 from ringjax._schedule import key_tiles
 
 name = "xla"
@@ -54,6 +55,19 @@ def _plan(problem: Problem, rows: Rows) -> _Plan:
     if span is not None and not problem.is_ring:
         reach = min(reach, sizes.tile_size + span - 1)
     return _Plan(problem, rows, sizes, sinks, max(1, -(-reach // sizes.block_size)))
+
+
+def walk(problem: Problem) -> Walk:
+    """Which pairs are computed."""
+    plan = _plan(problem, Rows())
+    return Walk(
+        Tiles(plan.sizes.block_size, plan.sizes.tile_size, plan.sizes.head_tile_size),
+        sinks=plan.sinks,
+        blocks=plan.blocks,
+        rows_apart=_head_by_head(problem),
+        skips=_skips(plan),
+        one_pass=partial(_dense, problem) if _reads_whole(plan) else None,
+    )
 
 
 def _key_range(plan: _Plan, query_tile: Any) -> tuple[Any, Any]:
