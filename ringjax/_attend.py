@@ -1,22 +1,26 @@
 """Attention with a ring: to new tokens and to what the ring still holds (`attend`)."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from ringjax import _explicit, _in_place, _inputs
+from ringjax import _explicit, _in_place, _inputs, _partition
 from ringjax._attention import _options, _zero_where_padding
 from ringjax._buffer import RingBuffer, _as_seen, _check_tokens
-from ringjax._kernels import resolve
+from ringjax._kernels import IMPLEMENTATIONS, resolve
 from ringjax._kernels.problem import Problem, Rows
 from ringjax._kernels.tiles import TileSizes
 from ringjax._merge import apply_sinks, merge
 from ringjax._op import op
+from ringjax._slots import slot_of_position
 
 
 def attend(
@@ -113,11 +117,70 @@ def attend_with_lse(
         after = buffer.append(k, v, lengths=lengths)
         k, v = _as_seen(buffer, k, v)
         run = partial(_run, call, implementation)
-        out, lse = _attend_to_both(run, q, k, v, buffer, lengths, sink_logits, options, out_dtype)
+        problem = _ring_problem(q, buffer, options, out_dtype, lengths)
+
+        apart = partial(_attend_to_both, run, options, out_dtype)
+        in_order = partial(_attend_in_order, run, options, out_dtype)
+        arrays = (q, k, v, buffer, lengths, sink_logits)
+        # Sinks stand at positions of their own, which no window tells from one array to the next.
+        derived = in_order if buffer.window.left and not buffer.window.sinks else apart
+        out, lse = _in_one_launch(problem, implementation, derived, *arrays) or apart(*arrays)
         # A row rolled back too far reads as empty, its new tokens too.
         out = jnp.where(buffer.valid[:, None, None, None], out, jnp.zeros((), out.dtype))
         lse = jnp.where(buffer.valid[:, None, None], lse, -jnp.inf)
     return (out if real is None else _zero_where_padding(out, real)), lse, after
+
+
+def _in_one_launch(
+    problem: Problem,
+    implementation: str | None,
+    derived: Callable[..., tuple[Array, Array]],
+    q: Array,
+    k: Array,
+    v: Array,
+    buffer: RingBuffer,
+    lengths: Any,
+    sink_logits: Any,
+) -> tuple[Array, Array] | None:
+    """Attention of a chunk to the ring before it and to itself, where an implementation offers that; else None.
+
+    It does with `extends(problem) -> bool` and `extend(problem, rows, q, k, v, ring_k, ring_v, sink_logits) -> (out,
+    lse)`. The derivative, and a batch of calls under `vmap`, are those of `derived`, the same function of the arrays.
+    """
+    arrays = (q, k, v, buffer, lengths, sink_logits)
+    asked = [name for name in IMPLEMENTATIONS if implementation in (None, name)]
+    name = next((x for x in asked if not IMPLEMENTATIONS[x].unsupported(problem)), None)
+    offers = getattr(IMPLEMENTATIONS.get(name or ""), "extends", None)
+    if name is None or offers is None or not offers(problem):
+        return None
+    if _partition.may_be_partitioned(jax.tree.leaves(arrays)):
+        return None
+    extend = partial(_extend, problem, name)
+
+    @custom_vmap
+    def launch(*arrays: Any) -> tuple[Array, Array]:
+        q, k, v, buffer, lengths, sink_logits = arrays
+        rows = _ring_rows(buffer, buffer.length, lengths)
+        return extend(rows, q, k, v, buffer.k, buffer.v, sink_logits)
+
+    @launch.def_vmap
+    def over(size: int, batched: Any, *arrays: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        results = jax.vmap(derived, in_axes=tuple(axes), axis_size=size)(*arrays)
+        return results, jax.tree.map(lambda _: True, results)
+
+    @jax.custom_vjp
+    def together(*arrays: Any) -> tuple[Array, Array]:
+        return launch(*arrays)
+
+    together.defvjp(lambda *arrays: jax.vjp(derived, *arrays), lambda vjp, cotangents: vjp(cotangents))
+    return together(*arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # layers of one shape are traced and compiled once
+def _extend(problem: Problem, implementation: str, *arrays: Any) -> tuple[Array, Array]:
+    out, lse = IMPLEMENTATIONS[implementation].extend(problem, *arrays)
+    return out, lse
 
 
 def attend_to_memory(
@@ -189,16 +252,58 @@ def _ring_rows(ring: RingBuffer, q_start: Array, q_length: Array | None) -> Rows
     )
 
 
+def _attend_in_order(
+    run: Any,
+    options: dict[str, Any],
+    out_dtype: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    ring: RingBuffer,
+    lengths: Array | None,
+    sink_logits: Array | None,
+) -> tuple[Array, Array]:
+    """A chunk's attention to one array: the ring's last tokens, oldest first, and its own; of a ring without sinks.
+
+    The copy costs little beside the derivative, which is then that of attention without history, at its speed.
+    """
+    left, chunk = ring.window.left, q.shape[1]
+    assert left and not ring.window.sinks
+    at = ring.length[:, None] - left + jnp.arange(left, dtype=jnp.int32)[None]
+    slots = slot_of_position(jnp.maximum(at, 0), sinks=0, capacity=ring.capacity)
+    held = (at >= 0) & (jnp.take_along_axis(ring.positions(), slots, axis=1) == at)
+
+    def joined(store: Array, new: Array) -> Array:
+        old = jnp.moveaxis(jnp.take_along_axis(store, slots[:, None, :, None], axis=2), 1, 2)
+        return jnp.concatenate([_zero_where_padding(old, held), new], axis=1)
+
+    real = jnp.ones((q.shape[0], chunk), bool)
+    if lengths is not None:
+        real = jnp.arange(chunk, dtype=jnp.int32)[None] < lengths[:, None]
+    ids = [jnp.where(x, 0, -1).astype(jnp.int32) for x in (real, jnp.concatenate([held, real], axis=1))]
+    linear: dict[str, Any] = {
+        "layout": "linear",
+        "keys": left + chunk,
+        "slack": 0,
+        "q_offset": left,
+        "segments": True,
+        "ragged": False,
+    }
+    problem = dataclasses.replace(_ring_problem(q, ring, options, out_dtype, None), kv_dtype=str(k.dtype), **linear)
+    rows = Rows(q_segments=ids[0], kv_segments=ids[1])
+    return run(problem, rows, q, joined(ring.k, k), joined(ring.v, v), sink_logits)
+
+
 def _attend_to_both(
     run: Any,
+    options: dict[str, Any],
+    out_dtype: str,
     q: Array,
     k: Array,
     v: Array,
     buffer: RingBuffer,
     lengths: Array | None,
     sink_logits: Array | None,
-    options: dict[str, Any],
-    out_dtype: str,
 ) -> tuple[Array, Array]:
     """A chunk's attention to the ring as it was before, and to itself, merged: exact for a chunk of any length."""
     chunk, window = q.shape[1], buffer.window

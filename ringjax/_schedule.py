@@ -190,3 +190,104 @@ def slot_tiles(newest: Any, count: Any, pinned: Any, *, sinks: int, capacity: in
     first = _greatest(_quotient(_where(wraps, oldest + capacity - sinks, oldest), block_size), low)
     end = _where(wraps, -(-capacity // block_size), newest_end)
     return SlotTiles(low, _where(some, first, low), _where(some, _greatest(first, end), low))
+
+
+class RingSteps(NamedTuple):
+    """The tiles of a ring that one query tile of a chunk needs, as steps: those that need a mask come first.
+
+    Attributes:
+      pinned, tail, seam: tiles at the front that hold sinks; 1 if the last tile overhangs and is needed; 1 if the tile
+        in which the newest token has the oldest one for a neighbour is needed. Each of them may hold slots that nobody
+        sees.
+      edges, full: tiles of the rest with the oldest tokens, in part seen; all of whose slots all queries see.
+      start, around: where the rest begins, counted backwards in time, and how many tiles it goes around.
+      first: the tile at which it goes around.
+      newest: the slot of the newest token.
+      capacity, block_size: of the ring.
+    """
+
+    pinned: Any
+    tail: Any
+    seam: Any
+    edges: Any
+    full: Any
+    start: Any
+    around: int
+    first: int
+    newest: Any
+    capacity: int
+    block_size: int
+
+    @property
+    def mixed(self) -> Any:
+        """Steps whose tiles are not all of one run of positions."""
+        return self.pinned + self.tail + self.seam
+
+    @property
+    def masked(self) -> Any:
+        """Steps that need a mask; they come first."""
+        return self.mixed + self.edges
+
+    @property
+    def count(self) -> Any:
+        return self.masked + self.full
+
+    def tile(self, step: Any) -> Any:
+        """The tile of a step."""
+        back = step - self.mixed
+        back = self.start - 1 - _where(back < self.edges, back + self.full, back - self.edges)
+        tile = self.first + _where(back < 0, back + self.around, back)
+        tile = _where(step < self.mixed, _quotient(self.newest, self.block_size), tile)
+        tile = _where(step < self.pinned + self.tail, self.capacity // self.block_size, tile)
+        return _where(step < self.pinned, step, tile)
+
+
+def ring_steps(
+    newest: Any, oldest: Any, inner: Any, pinned: Any, *, sinks: int, capacity: int, block_size: int
+) -> RingSteps:
+    """The tiles of a ring that queries after all of its tokens need.
+
+    Args:
+      newest: the slot of the newest token that is not pinned.
+      oldest: the greatest age (0: the newest) that any of the queries sees, at most what is stored; negative: none.
+      inner: the greatest age that all of them see.
+      pinned: sinks that are stored and seen, 0..sinks; if there are sinks, none of them means nothing else either.
+      sinks, capacity: of the ring.
+      block_size: slots in a tile.
+    """
+    first = -(-sinks // block_size)
+    end = max(capacity // block_size, first)
+    around = end - first
+    gap = capacity - sinks - around * block_size  # slots of tiles that are mixed wherever the newest token is
+    at = _quotient(newest, block_size)
+    some = oldest >= 0
+    start = _clip(at - first, 0, around)
+    youngest = newest - (first + start) * block_size + 1  # age in the first tile back in time
+    is_seam = (at >= first) & (at < end)
+    tiles = around - _where(is_seam, 1, 0)
+
+    def older(age: Any) -> Any:
+        """How many tiles back in time hold a token of at most this age."""
+        before = _clip(_quotient(_greatest(age - youngest + block_size, 0), block_size), 0, start)
+        after = _clip(_quotient(_greatest(age - youngest - gap + block_size, 0), block_size), start, tiles)
+        return _where(before < start, before, _least(after, tiles))
+
+    seen = older(oldest)
+    full = older(_least(oldest, inner) - (block_size - 1))
+    tail: Any = 0
+    if capacity % block_size and capacity // block_size >= first:
+        in_tail = (at >= end) | (newest - (capacity - 1) + (capacity - sinks) <= oldest)
+        tail = _where(some & in_tail, 1, 0)
+    return RingSteps(
+        pinned=_quotient(pinned + block_size - 1, block_size),
+        tail=tail,
+        seam=_where(some & is_seam, 1, 0),
+        edges=_where(some, seen - _least(full, seen), 0),
+        full=_where(some, _least(full, seen), 0),
+        start=start,
+        around=around,
+        first=first,
+        newest=newest,
+        capacity=capacity,
+        block_size=block_size,
+    )

@@ -8,6 +8,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from test_mosaic import problem_of
 
@@ -189,3 +190,74 @@ def test_none_takes_the_kernels():
     assert resolve(problem, "attention", None) == "mosaic"
     wide = rj.attention(*(x.astype(jnp.float32) for x in (q, k, v)), Window.causal(5))
     np.testing.assert_array_equal(np.asarray(wide), np.ones_like(wide))
+
+
+def test_arrays_beyond_two_to_the_31_elements():
+    """Forward and backward of 17 GB of arrays, compared at the first tokens, around element 2**31 and at the end."""
+    size, heads, head_dim, near = 2**21 + 1000, 8, 128, 96
+    window = Window.causal(64)
+    shapes = ((1, size, n, head_dim) for n in (heads, 1, 1, heads))
+
+    @jax.jit
+    def made():
+        keys = jax.random.split(jax.random.key(0), 4)
+        return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+
+    @jax.jit
+    def run(q, k, v, g):
+        out, vjp = jax.vjp(lambda *x: rj.attention(*x, window, implementation="mosaic"), q, k, v)
+        return out, *vjp(g)
+
+    arrays = made()
+    assert arrays[0].size > 2**31
+    found = run(*arrays)
+    for end in (near, 2**21 + 20, size):  # queries [end - near, end), of which the last keys are seen by no other
+        start, low = end - near, max(0, end - near - 63)
+        q, g = (x[:, start:end] for x in (arrays[0], arrays[3]))
+        k, v = (x[:, low:end] for x in arrays[1:3])
+        at, keys = np.arange(start, end), np.arange(low, end)
+        mask = np.broadcast_to(window.visible(at[:, None], keys[None]), (1, near, len(keys)))
+        out, dq = (np.asarray(x[:, start:end]) for x in found[:2])
+        args = (None, jnp.asarray(mask))
+        exact, _ = oracle.attention(q, k, v, left=63, right=0, sinks=0, q_positions=at, k_positions=keys)
+        cases.assert_close(out, exact, cases._plain(None, None)(q, k, v, *args)[0], f"out {end}")
+        lse = jnp.zeros((1, heads, near))
+        plain = cases._plain_gradients(None, None)(q, k, v, *args, g, lse)
+        with jax.enable_x64(True):
+            wide = [np.asarray(x).astype(np.float64) for x in (q, k, v, g, lse)]
+            exact = cases._plain_gradients(None, None)(*wide[:3], None, mask, *wide[3:])
+        cases.assert_close(dq, np.asarray(exact[0]), plain[0], f"dq {end}")
+        if end == size:
+            for name, got, x, y in zip("kv", found[2:], exact[1:3], plain[1:3], strict=True):
+                last = slice(len(keys) - near, None)
+                cases.assert_close(got[:, start:], np.asarray(x)[:, last], y[:, last], f"d{name}")
+
+
+def test_vmap_of_attention_and_of_its_gradients():
+    made = cases.arrays(LARGE.replace(queries=400, keys=400))
+    stacked = [jnp.stack([x, x[:, ::-1]]) for x in (*made[:3], made.g)]
+
+    def both(q, k, v, g):
+        out, vjp = jax.vjp(lambda *x: rj.attention(*x, LARGE.window, implementation="mosaic"), q, k, v)
+        return out, *vjp(g)[1:]  # dq is summed in any order
+
+    found = jax.jit(jax.vmap(both))(*stacked)
+    for i in range(2):
+        alone = jax.jit(both)(*(x[i] for x in stacked))
+        for got, exact in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(np.asarray(got[i]), np.asarray(exact))
+
+
+def test_attention_in_a_shard_map():
+    made = cases.arrays(LARGE.replace(queries=400, keys=400))
+    mesh = jax.make_mesh((1, 1), ("rows", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.P("rows", None, "heads")
+
+    def both(q, k, v, g):
+        out, vjp = jax.vjp(lambda *x: rj.attention(*x, LARGE.window, implementation="mosaic"), q, k, v)
+        return out, *vjp(g)[1:]
+
+    arrays = (*made[:3], made.g)
+    split = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 3, check_vma=False))
+    for got, exact in zip(split(*arrays), jax.jit(both)(*arrays), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(exact))

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringjax._schedule import key_tiles, query_tiles
+from ringjax._schedule import key_tiles, query_tiles, ring_steps
+from ringjax._slots import position_in_slot
 from ringjax._window import Window
 
 SKIPPED, EDGE, FULL = 0, 1, 2
@@ -114,3 +115,52 @@ def test_work_does_not_grow_with_the_keys():
         tiles = key_tiles(window, length // 128 - 1, queries=length, keys=length, q_offset=0, **sizes)
         visited.append((tiles.sink_end, tiles.end - tiles.first, tiles.full_end - tiles.full_first))
     assert visited[0] == visited[1] == (1, 10, 6)
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 5, 9])
+@pytest.mark.parametrize("block", [1, 4, 7])
+@pytest.mark.parametrize("slack", [0, 3])
+def test_the_steps_over_a_ring_are_its_tiles(sinks, block, slack):
+    """By brute force over every length and rollback: no tile twice, none missing, none unmasked that needs a mask.
+
+    A tile is needed where the first query (of a chunk after the ring) sees a slot, and full where the last sees all.
+    """
+    for around in (slack + 1, slack + 2, 6, 11, 16):
+        capacity, left = sinks + around, around - 1 - slack
+        slots = np.arange(capacity)
+        tiles = np.pad(slots, (0, -capacity % block), constant_values=-1).reshape(-1, block)
+        for length in range(3 * capacity):
+            for written in range(length, length + slack + 1):
+                held = position_in_slot(slots, length, written, sinks=sinks, slack=slack, capacity=capacity)
+                age = min(length - sinks - 1, length - written + around - 1)
+                newest = sinks + max(length - sinks - 1, 0) % around
+                for first, last in ((0, 0), (0, 2), (2, 5), (5, 9)):
+                    seen, full = ((held >= 0) & ((length + t - held <= left) | (held < sinks)) for t in (first, last))
+                    found = ring_steps(
+                        newest,
+                        min(age, left - 1 - first),
+                        left - 1 - last,
+                        min(length, sinks),
+                        sinks=sinks,
+                        capacity=capacity,
+                        block_size=block,
+                    )
+                    visited = [found.tile(step) for step in range(found.count)]
+                    needed = set((slots[seen] // block).tolist())
+                    assert len(set(visited)) == len(visited) and needed <= set(visited)
+                    assert len(visited) <= len(needed) + 1, "one more: of the tile that overhangs"
+                    for step in range(found.mixed, found.count):
+                        whole = bool(np.append(full, False)[tiles[visited[step]]].all())
+                        assert whole == (step >= found.masked)
+
+
+def test_steps_over_a_ring_may_be_traced():
+    sizes = {"sinks": 5, "capacity": 40, "block_size": 7}
+    numbers = [(newest, oldest, inner, 5) for newest in range(5, 40, 3) for oldest in (-1, 9, 34) for inner in (-9, 30)]
+
+    def tiles(*numbers):
+        found = ring_steps(*numbers, **sizes)
+        return found.masked, found.count, *(found.tile(step) for step in range(6))
+
+    found = jax.jit(tiles)(*np.array(numbers, np.int32).T)
+    np.testing.assert_array_equal(np.stack(found, axis=1), [tiles(*one) for one in numbers])

@@ -3,8 +3,12 @@
 A program keeps a tile of queries of one head, 64 rows for each compute warpgroup, and walks over the key tiles that
 the window leaves; the last warpgroup only issues loads. The grid is persistent: while the compute warpgroups finish a
 tile, the loader already fetches the next one's keys. Queries are [B, T, N, D], keys and values [B, S, K, D].
+
+Queries of a chunk are attended to a ring too, the one before the chunk: its tiles come first, read in storage order
+where they are (`extend`). Softmax does not care about order, so the tiles that need a mask stand at the front.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -29,7 +33,8 @@ from ringjax._kernels.mosaic_tile import (
 )
 from ringjax._kernels.problem import Problem, Rows
 from ringjax._kernels.tiles import MosaicForwardTiles, mosaic_forward_tiles
-from ringjax._schedule import key_tiles
+from ringjax._schedule import RingSteps, key_tiles, ring_steps
+from ringjax._window import Window
 
 ROWS = 64  # of a warpgroup's product
 
@@ -47,6 +52,184 @@ class _Carry(NamedTuple):
     normaliser: Any
 
 
+MOST_CAPPED = 60.0
+"""Softcap up to which the sum of a million exponentials, times values up to 1e6, is a float32 and a bfloat16."""
+ROUND = 1.5 * 2**23
+"""A float32 plus this, minus this, is a whole number, which stands in the sum's last bits."""
+EXP2 = (0.99992807, 0.69326099, 0.24261112, 0.05517166)
+"""2**x for |x| <= 1/2, to 1e-4: a twentieth of what rounding the weights to bfloat16 costs."""
+NOWHERE = 2**30
+"""The position of what no query sees: after all of them."""
+
+
+class _Ring(NamedTuple):
+    """One row's ring before a chunk, int32 scalars; positions count from the chunk's first token.
+
+    Attributes:
+      capacity, sinks, block_size: of the ring and its tiles.
+      newest: the slot of the newest token that is not pinned.
+      oldest: the greatest age that is stored and that the chunk's first query sees; the newest token's is 0.
+      held: the greatest age that is stored.
+      pinned: sinks that are stored.
+      length: tokens before the chunk.
+      real: tokens of the chunk.
+    """
+
+    capacity: int
+    sinks: int
+    block_size: int
+    newest: Any
+    oldest: Any
+    held: Any
+    pinned: Any
+    length: Any
+    real: Any
+
+    @property
+    def circle(self) -> int:
+        """Slots that are not pinned."""
+        return self.capacity - self.sinks
+
+    def steps(self, window: Window, first: Any, size: int) -> RingSteps:
+        """The tiles that queries [first, first + size) of the chunk need."""
+        assert window.left is not None
+        last = jnp.minimum(first + size, self.real) - 1
+        some = first < self.real
+        return ring_steps(
+            self.newest,
+            jnp.where(some, jnp.minimum(self.held, window.left - 1 - first), -1),
+            window.left - 1 - last,
+            jnp.where(some, self.pinned, 0),
+            sinks=self.sinks,
+            capacity=self.capacity,
+            block_size=self.block_size,
+        )
+
+    def position(self, slot: Any, here: Any, age: Any) -> Any:
+        """Positions of slots, or of the chunk's tokens if not `here`; `NOWHERE` if older than `age` or not stored."""
+        scalar = functools.partial(jnp.where, here)
+        newest, none = self.newest, jnp.int32(NOWHERE)
+        found = slot - jnp.where(slot > scalar(newest, none), self.circle, 0) - scalar(newest + 1, jnp.int32(0))
+        stored = (found >= scalar(-1 - age, jnp.int32(0))) & (slot < scalar(jnp.int32(self.capacity), self.real))
+        found = jnp.where(stored, found, NOWHERE)
+        if self.sinks:
+            pinned = jnp.where(slot < self.pinned, slot - self.length, NOWHERE)
+            found = jnp.where(slot < scalar(jnp.int32(self.sinks), jnp.int32(0)), pinned, found)
+        return found
+
+
+def _ring(problem: Problem, real: Any, length: Any, written: Any, block: int) -> _Ring:
+    window, circle = problem.window, problem.keys - problem.window.sinks
+    assert window.left is not None
+    whole = written - length <= problem.slack
+    held = jnp.where(whole, jnp.minimum(length - window.sinks - 1, length - written + circle - 1), -1)
+    return _Ring(
+        capacity=problem.keys,
+        sinks=window.sinks,
+        block_size=block,
+        newest=window.sinks + lax.rem(jnp.maximum(length - window.sinks - 1, 0), jnp.int32(circle)),
+        oldest=jnp.minimum(held, window.left - 1),
+        held=held,
+        pinned=jnp.where(whole, jnp.minimum(length, window.sinks), 0),
+        length=length,
+        real=real,
+    )
+
+
+class _Seen(NamedTuple):
+    """What decides whether a query of a chunk's tile sees a slot of the ring, or (not `here`) a token of the chunk.
+
+    Attributes:
+      window, ring: what a query sees; the ring before the chunk.
+      q_first, k_first: index of the tile's first query in the chunk, of the first slot or token.
+      here: whether the tile is the ring's.
+    """
+
+    window: Window
+    ring: _Ring
+    q_first: Any
+    k_first: Any
+    here: Any
+
+    def visible(self, shape: tuple[int, int], q_axis: int) -> Any:
+        """Boolean tile of `shape`, queries along `q_axis`, which is 0."""
+        assert q_axis == 0
+        window, ring = self.window, self.ring
+        query = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=BY_ROW) + self.q_first
+        slot = plgpu.broadcasted_iota(jnp.int32, (shape[1],), 0, layout=BY_COLUMN) + self.k_first
+        key = lax.optimization_barrier(ring.position(slot, self.here, ring.held))
+        near = key
+        if window.sinks:  # however far back they are
+            near = lax.optimization_barrier(jnp.where(key < window.sinks - ring.length, NOWHERE, key))
+        query = lax.broadcast_in_dim(lax.optimization_barrier(query), shape, [0])
+        key, near = (lax.broadcast_in_dim(x, shape, [1]) for x in (key, near))
+        assert window.left is not None
+        seen = query - near <= window.left
+        return seen & (key < NOWHERE if window.right is None else query - key >= -window.right)
+
+
+class _Walk(NamedTuple):
+    """The tiles of a ring (None: there is none) and then of the keys that one query tile needs, as steps.
+
+    Steps [full_first, full_end) need no mask.
+    """
+
+    ring: RingSteps | None
+    keys: Steps
+    full_first: Any
+    full_end: Any
+    count: Any
+
+    def tile(self, step: Any) -> Any:
+        """The tile of a step, of the ring or of the keys."""
+        if self.ring is None:
+            return self.keys.tile(step)
+        return jnp.where(self.of_ring(step), self.ring.tile(step), self.keys.tile(step - self.ring.count))
+
+    def of_ring(self, step: Any) -> Any:
+        assert self.ring is not None
+        return step < self.ring.count
+
+
+def _walk(ring: RingSteps | None, keys: Steps) -> _Walk:
+    if ring is None:
+        return _Walk(None, keys, keys.full_first, keys.full_end, keys.count)
+    # Where the ring has full tiles, the window's left edge is not among the chunk's keys. One more step than must be
+    # has a mask: then no tile that may hold unseen values is left for the loop that looks at none.
+    full_first = ring.masked + keys.full_first
+    return _Walk(ring, keys, full_first + 1, ring.count + keys.full_end, ring.count + keys.count)
+
+
+def extend(
+    problem: Problem,
+    rows: Rows,
+    q: Array,
+    k: Array,
+    v: Array,
+    ring_k: Array,
+    ring_v: Array,
+    sink_logits: Array | None,
+    *,
+    tiles: MosaicForwardTiles | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """Attention of a chunk to a ring as it was before it, and to itself: output [B, T, N, D] and lse [B, N, T].
+
+    Args:
+      problem: of the call on the ring.
+      rows: of the ring before the chunk: `q_start` is its length.
+      q, k, v: of the chunk, as for `forward`, and zero where they are padding.
+      ring_k, ring_v: [B, K, C, D] in storage order.
+      sink_logits, tiles, interpret: as for `forward`.
+    """
+    # What TMA takes apart into rows of WGMMA's tiles; the interpreter loads nothing past an array's end.
+    depth = q.shape[3]
+    block = (tiles or mosaic_forward_tiles(problem.tiles, head_dim=depth, group=problem.group)).block_size
+    slots = rounded_up(problem.keys, 8 if interpret is None else block)
+    ring = tuple(pad_axis(x, 2, slots) for x in (ring_k, ring_v))
+    return _launch(problem, rows, q, k, v, ring, sink_logits, tiles, interpret)
+
+
 def forward(
     problem: Problem,
     rows: Rows,
@@ -58,7 +241,7 @@ def forward(
     tiles: MosaicForwardTiles | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """Output [B, T, N, D] in the dtype of q, and the lse of the keys alone, float32 [B, N, T].
+    """Output [B, T, N, D] in `out_dtype`, and the lse of the keys alone, float32 [B, N, T].
 
     Args:
       problem, rows: of the call; `problem.head_dim` and `value_dim` are both D, a multiple of 64 up to 256.
@@ -67,9 +250,23 @@ def forward(
       tiles: None: the tuned ones.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU: tests do.
     """
+    return _launch(problem, rows, q, k, v, None, sink_logits, tiles, interpret)
+
+
+def _launch(
+    problem: Problem,
+    rows: Rows,
+    q: Array,
+    k: Array,
+    v: Array,
+    ring_arrays: Any,
+    sink_logits: Array | None,
+    tiles: MosaicForwardTiles | None,
+    interpret: Any,
+) -> tuple[Array, Array]:
     batch, queries, heads, depth = q.shape
-    keys, group, dtype = problem.keys, problem.group, q.dtype
-    tiles = tiles or mosaic_forward_tiles(problem.tiles, head_dim=depth, group=group)
+    keys, group, dtype, out_dtype = k.shape[1], problem.group, q.dtype, jnp.dtype(problem.out_dtype)
+    tiles = tiles or mosaic_forward_tiles(problem.tiles, head_dim=depth, group=group, softcap=problem.softcap)
     block, stages, warpgroups = tiles.block_size, tiles.stages, tiles.warpgroups
     tile = ROWS * warpgroups
     q = pad_axis(q, 1, rounded_up(queries, tile))
@@ -77,20 +274,47 @@ def forward(
     query_tiles, key_tile_count = q.shape[1] // tile, k.shape[1] // block
     items = heads * query_tiles * batch
     programs = min(items, streaming_multiprocessors(problem.device_kind)) if tiles.persistent else items
-    own_output = depth <= 128  # at 256 the output leaves through the queries' shared memory
+    # At 256 the output leaves through the queries' shared memory; in float32, by parts that fit beside the rest.
+    own_output = depth <= 128 or out_dtype != dtype
+    out_columns = depth if out_dtype == dtype else 64 if depth <= 128 else 32
     window = problem.window
     snake = window.left is None and tiles.heads_inner
-    bounds_of = functools.partial(key_tiles, window, tile_size=tile, block_size=block, queries=queries, keys=keys)
+    # Exponentials of logits that a softcap keeps so small can be summed as they are: no maximum, no rescaling.
+    bounded = problem.softcap is not None and problem.softcap <= MOST_CAPPED and dtype == jnp.bfloat16
+    # Sinks that are no constant keys of the array: those of its keys whose positions are so small.
+    moving = window.sinks > 0 and (ring_arrays is not None or rows.kv_start is not None)
+    plain = dataclasses.replace(window, sinks=0) if moving else window
+    sizes = {"tile_size": tile, "block_size": block, "queries": queries, "keys": keys}
+
+    def bounds(query_tile: Any, offset: Any, real: Any, kv_start: Any) -> tuple[Any, ...]:
+        """End of the sink tiles, then first, full_first, full_end and end of the others; of scalars or arrays."""
+        found = key_tiles(plain, query_tile, q_offset=offset, **sizes)
+        sinks, end = found.sink_end, found.end
+        if moving:
+            sinks = jnp.minimum((jnp.clip(window.sinks - kv_start, 0, keys) + block - 1) // block, found.first)
+        if real is not None:  # nothing for a tile of padding
+            some = query_tile * tile < real
+            sinks, end = jnp.where(some, sinks, 0), jnp.where(some, end, found.first)
+        full_end = found.full_end if real is None else jnp.minimum(found.full_end, end)
+        return sinks, found.first, jnp.minimum(found.full_first, full_end), full_end, end
 
     operands: dict[str, Array] = {"q": q, "k": k, "v": v}
     if sink_logits is not None:
         operands["sink_logits"] = sink_logits.astype(jnp.float32)
-    if rows.q_start is not None:
+    if ring_arrays is not None:
+        assert rows.length is not None and rows.written is not None
+        operands |= {"ring_k": ring_arrays[0], "ring_v": ring_arrays[1]}
+        operands |= {"length": rows.length, "written": rows.written}
+    elif rows.q_start is not None:
         operands["q_start"] = rows.q_start
+    if rows.q_length is not None:
+        operands["q_length"] = rows.q_length
+    if rows.kv_start is not None and (moving or rows.q_start is not None):
+        operands["kv_start"] = rows.kv_start
     if rows.q_segments is not None and rows.kv_segments is not None:
         operands["q_segments"] = pad_axis(rows.q_segments, 1, q.shape[1], -1)
         operands["kv_segments"] = pad_axis(rows.kv_segments, 1, k.shape[1], -1)
-        operands["bounds"] = _segment_bounds(problem, rows, operands, bounds_of, query_tiles, tile, block)
+        operands["bounds"] = _segment_bounds(problem, rows, operands, bounds, query_tiles, tile, block)
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         ref = dict(zip((*operands, "out", "lse"), refs, strict=True))
@@ -121,17 +345,36 @@ def forward(
                 query_tile = query_tiles - 1 - query_tile  # longest first, so that programs end together
             return row, head, query_tile
 
-        def offset_of(row: Any) -> Any:
-            return problem.q_offset if "q_start" not in ref else ref["q_start"][row]
+        def of_row(name: str, row: Any) -> Any:
+            return ref[name][row] if name in ref else None
 
-        def steps_of(row: Any, query_tile: Any) -> Steps:
+        def offset_of(row: Any) -> Any:
+            """Position of query 0, key 0 being at 0."""
+            if ring_arrays is not None:
+                return 0
+            if "q_start" not in ref:
+                return problem.q_offset
+            return ref["q_start"][row] - (ref["kv_start"][row] if "kv_start" in ref else 0)
+
+        def kv_start_of(row: Any) -> Any:
+            """Position of key 0, where sinks need it."""
+            return of_row("kv_start" if ring_arrays is None else "length", row) if moving else None
+
+        def ring_of(row: Any) -> _Ring:
+            real = of_row("q_length", row)
+            real = jnp.int32(queries) if real is None else real
+            return _ring(problem, real, ref["length"][row], ref["written"][row], block)
+
+        def walk_of(row: Any, query_tile: Any) -> _Walk:
+            real = of_row("q_length", row)
             if "bounds" in ref:
-                sinks, first, full_first, full_end, end = (ref["bounds"][row, query_tile, i] for i in range(5))
+                found = tuple(ref["bounds"][row, query_tile, i] for i in range(5))
             else:
-                found = bounds_of(query_tile, q_offset=offset_of(row))
-                sinks, first, full_first = found.sink_end, found.first, found.full_first
-                full_end, end = found.full_end, found.end
-            return steps(sinks, first, full_first, full_end, end, tiles=key_tile_count)
+                found = bounds(query_tile, offset_of(row), real, kv_start_of(row))
+            own = steps(*found, tiles=key_tile_count)
+            if ring_arrays is None:
+                return _walk(None, own)
+            return _walk(ring_of(row).steps(window, query_tile * tile, tile), own)
 
         def slot_of(step: Any) -> Any:
             return lax.rem(step, jnp.int32(stages))
@@ -153,7 +396,22 @@ def forward(
 
             pl.when(warpgroup == warpgroups - 1)(pass_turn)
 
-            def softmax(logits: Any, largest: Any, normaliser: Any, positions: Positions | None) -> tuple[Any, ...]:
+            def exp2(x: Any, finite: bool) -> Any:
+                """2**x; of some columns by a polynomial, while the special function unit has the others."""
+                split = block - tiles.polynomial
+                if split == block or not finite:
+                    return jnp.exp2(x)
+                x, y = x[:, :split], x[:, split:]
+                y = y if bounded else jnp.maximum(y, -126.0)
+                rounded = y + ROUND
+                y = y - (rounded - ROUND)
+                power = (EXP2[3] * y + EXP2[2]) * y
+                power = (power + EXP2[1]) * y + EXP2[0]
+                exponent = lax.bitcast_convert_type(rounded, jnp.int32) << 23
+                y = lax.bitcast_convert_type(lax.bitcast_convert_type(power, jnp.int32) + exponent, jnp.float32)
+                return jnp.concatenate([jnp.exp2(x), y], axis=1)
+
+            def softmax(logits: Any, largest: Any, normaliser: Any, positions: Any) -> tuple[Any, ...]:
                 """A tile's weights, the new maximum and sum, and the factor on what was summed before."""
                 factor = problem.scale * LOG2E
                 if problem.softcap is not None:
@@ -162,10 +420,13 @@ def forward(
                 mask = None if positions is None else positions.visible((ROWS, block), 0)
                 if mask is not None:
                     logits = jnp.where(mask, logits, -jnp.inf)
+                if bounded:
+                    weights = exp2(logits * factor, mask is None)
+                    return weights, largest, normaliser + weights.sum(axis=1), None
                 new_largest = jnp.maximum(largest, logits.max(axis=1) * factor)
                 finite = new_largest if mask is None else jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
                 shrink = jnp.exp2(largest - finite)
-                weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(finite, logits.shape, [0]))
+                weights = exp2(logits * factor - lax.broadcast_in_dim(finite, logits.shape, [0]), mask is None)
                 return weights, new_largest, normaliser * shrink + weights.sum(axis=1), shrink
 
             def first_logits(k_slot: Any) -> Any:
@@ -181,9 +442,10 @@ def forward(
                 plgpu.barrier_arrive(k_free.at[k_slot])
                 return logits
 
-            def add_values(total_acc: Any, total: Any, weights: Any, v_slot: Any) -> Any:
+            def add_values(total_acc: Any, total: Any, weights: Any, v_slot: Any, wait: bool = True) -> Any:
                 """Issues total += weights @ values; the interpreter has no products with a register operand."""
-                plgpu.barrier_wait(v_full.at[v_slot])
+                if wait:
+                    plgpu.barrier_wait(v_full.at[v_slot])
                 if interpret is None:
                     plgpu.wgmma(total_acc, weights, v_smem.at[v_slot])
                     return None
@@ -191,27 +453,73 @@ def forward(
                 plgpu.commit_smem()
                 return total
 
+            def clear(tile_start: Any, v_slot: Any, held: _Ring) -> None:
+                """Zeros the values that no query of the chunk sees: they may be NaN, and 0 * NaN is NaN."""
+                pieces = [(r, c) for r in range(0, block, ROWS) for c in range(0, depth, ROWS)]
+                for w in range(warpgroups):
+
+                    @pl.when(warpgroup == w)
+                    def _(mine: Any = pieces[w::warpgroups]) -> None:
+                        for r, c in mine:
+                            piece = v_smem.at[v_slot, pl.ds(r, ROWS), pl.ds(c, ROWS)]
+                            slot = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW) + (tile_start + r)
+                            at = held.position(slot, jnp.bool_(True), held.oldest)
+                            seen = lax.broadcast_in_dim(at, (ROWS, ROWS), [0]) != NOWHERE
+                            values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
+                            piece[...] = jnp.where(seen, values, jnp.zeros_like(values))
+
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(scratch["cleared"])
+                plgpu.barrier_wait(scratch["cleared"])
+
             def run_item(number: Any, done: Any) -> Any:
                 row, head, query_tile = item(number)
-                walk = steps_of(row, query_tile)
+                walk = walk_of(row, query_tile)
                 here = pl.ds(query_tile * tile + warpgroup * ROWS, ROWS)
                 q_first = query_tile * tile + warpgroup * ROWS + offset_of(row)
                 q_segments = None
                 if "q_segments" in ref:
                     q_segments = plgpu.load(ref["q_segments"].at[row, here], layout=BY_ROW, optimized=False)
 
-                def positions(step: Any) -> Positions:
+                held = None if ring_arrays is None else ring_of(row)
+
+                def again() -> tuple[_Ring, _Walk]:
+                    """The ring and the walk, anew: kept from step to step their numbers would spill (200 -> 50 B)."""
+                    assert held is not None
+                    crowded = depth > 128 or window.sinks > 0
+                    ring = ring_of(lax.optimization_barrier(row)) if crowded else held
+                    first = lax.optimization_barrier(query_tile) * tile
+                    return ring, walk._replace(ring=ring.steps(window, first, tile))
+
+                def positions(step: Any) -> Positions | _Seen:
+                    if held is not None:
+                        ring, anew = again()
+                        return _Seen(window, ring, q_first, anew.tile(step) * block, anew.of_ring(step))
                     k_first = walk.tile(step) * block
                     k_segments = None
                     if "q_segments" in ref:
                         at = ref["kv_segments"].at[row, pl.ds(k_first, block)]
                         k_segments = plgpu.load(at, layout=BY_COLUMN, optimized=False)
                     overhang = keys if keys % block else None
-                    return Positions(window, overhang, q_first - k_first, k_first, q_segments, k_segments)
+                    sinks = window.sinks - kv_start_of(row) if moving else None
+                    return Positions(window, overhang, q_first - k_first, k_first, q_segments, k_segments, sinks)
+
+                def wait_and_clear(step: Any) -> None:
+                    """The values of a step are there, and what nobody sees of them is zero."""
+                    v_slot = slot_of(done + step)
+                    plgpu.barrier_wait(v_full.at[v_slot])
+                    ring, anew = again()
+                    assert anew.ring is not None
+                    start = anew.ring.tile(step) * block
+                    greatest = ring.newest - start
+                    greatest = jnp.where(greatest < 0, greatest + ring.circle, greatest)
+                    unseen = (step < anew.ring.mixed) | (greatest > ring.oldest)
+                    pl.when(anew.of_ring(step) & unseen)(lambda: clear(start, v_slot, ring))
 
                 plgpu.barrier_wait(q_full.at[warpgroup])
                 last = walk.count - 1
-                full_first, full_end = jnp.clip(walk.full_first - 1, 0, last), jnp.clip(walk.full_end - 1, 0, last)
+                full_first = jnp.clip(walk.full_first - 1, 0, last)
+                full_end = jnp.clip(walk.full_end - 1, full_first, last)
 
                 def body(total_acc: Any) -> tuple[Any, Any, Any]:
                     nothing = None
@@ -219,20 +527,22 @@ def forward(
                         nothing = plgpu.layout_cast(jnp.zeros((ROWS, depth), jnp.float32), plgpu.Layout.WGMMA)
                     weights, largest, normaliser, _ = softmax(
                         first_logits(slot_of(done)),
-                        plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), BY_ROW),
+                        plgpu.layout_cast(jnp.full((ROWS,), 0.0 if bounded else -jnp.inf, jnp.float32), BY_ROW),
                         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
                         positions(jnp.int32(0)),
                     )
 
-                    def step(i: Any, carry: _Carry, *, masked: bool) -> _Carry:
+                    def step(i: Any, carry: _Carry, *, masked: bool, clears: bool = False) -> _Carry:
                         """Adds the values of step i while the softmax of step i + 1 is computed."""
                         v_slot, k_slot = slot_of(done + i), slot_of(done + i + 1)
+                        if clears:
+                            wait_and_clear(i)
                         await_turn()
                         plgpu.barrier_wait(k_full.at[k_slot])
 
                         def products(logits_acc: Any) -> tuple[Any, ...]:
                             plgpu.wgmma(logits_acc, q_mine, k_smem.at[k_slot].T)
-                            total = add_values(total_acc, carry.total, carry.weights, v_slot)
+                            total = add_values(total_acc, carry.total, carry.weights, v_slot, wait=not clears)
                             pass_turn()
                             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1 if interpret is None else 0)
                             plgpu.barrier_arrive(k_free.at[k_slot])
@@ -243,19 +553,23 @@ def forward(
                             products, plgpu.ACC((ROWS, block), jnp.float32)
                         )
                         if interpret is None:
-                            total = plgpu.wgmma_accumulator_load(total_acc)
+                            total = None if bounded else plgpu.wgmma_accumulator_load(total_acc)
+                            if bounded:
+                                plgpu.wgmma_wait(0)
                             # Not before the product is done may its operand's registers change, or ptxas serialises all
                             # products (C7513).
                             weights = lax.optimization_barrier(weights)
                         plgpu.barrier_arrive(v_free.at[v_slot])
-                        total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
-                        if interpret is None:
-                            total_acc[...] = total
-                            total = None
+                        if not bounded:
+                            total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
+                            if interpret is None:
+                                total_acc[...] = total
+                                total = None
                         return _Carry(total, weights.astype(dtype), largest, normaliser)
 
                     carry = _Carry(nothing, weights.astype(dtype), largest, normaliser)
-                    carry = lax.fori_loop(0, full_first, functools.partial(step, masked=True), carry)
+                    first_run = functools.partial(step, masked=True, clears=held is not None)
+                    carry = lax.fori_loop(0, full_first, first_run, carry)
                     carry = lax.fori_loop(full_first, full_end, functools.partial(step, masked=False), carry)
                     carry = lax.fori_loop(full_end, last, functools.partial(step, masked=True), carry)
                     if own_output:
@@ -269,6 +583,9 @@ def forward(
 
                 total, largest, normaliser = pl.run_scoped(body, plgpu.ACC((ROWS, depth), jnp.float32))
                 seen = normaliser > 0.0
+                if "q_length" in ref:
+                    query = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
+                    seen = seen & (query + (query_tile * tile + warpgroup * ROWS) < ref["q_length"][row])
                 finite = jnp.where(seen, largest, 0.0)
                 sum_of_all = normaliser
                 if "sink_logits" in ref:
@@ -277,11 +594,17 @@ def forward(
                 lse = jnp.where(seen, finite * (1.0 / LOG2E) + jnp.log(normaliser), -jnp.inf)
                 if own_output:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_mine[...] = (total * lax.broadcast_in_dim(share, total.shape, [0])).astype(dtype)
+                out_of_all = (total * lax.broadcast_in_dim(share, total.shape, [0])).astype(out_dtype)
                 lse_mine[...] = lse
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_mine, ref["out"].at[row, here, head])
-                plgpu.copy_smem_to_gmem(lse_mine, ref["lse"].at[row, head, here])
+                for start in range(0, depth, out_columns):
+                    columns = pl.ds(start, out_columns)
+                    if start:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_mine[...] = out_of_all if out_columns == depth else out_of_all[:, start : start + out_columns]
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_mine, ref["out"].at[row, here, head, columns])
+                    if start == 0:
+                        plgpu.copy_smem_to_gmem(lse_mine, ref["lse"].at[row, head, here])
                 if not own_output:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     plgpu.barrier_arrive(q_free.at[warpgroup])
@@ -298,7 +621,7 @@ def forward(
 
             def run_item(number: Any, done: Any) -> Any:
                 row, head, query_tile = item(number)
-                walk = steps_of(row, query_tile)
+                walk = walk_of(row, query_tile)
                 kv_head = lax.div(head, jnp.int32(group))
                 for w in range(warpgroups):
                     pl.when(number > 0)(functools.partial(plgpu.barrier_wait, q_free.at[w]))
@@ -307,11 +630,26 @@ def forward(
 
                 def load(i: Any, _: Any) -> Any:
                     slot = slot_of(done + i)
-                    at = (row, pl.ds(walk.tile(i) * block, block), kv_head)
+                    here = pl.ds(walk.tile(i) * block, block)
+
+                    def fetch(name: str, into: Any, full: Any) -> None:
+                        def of_keys() -> None:
+                            plgpu.copy_gmem_to_smem(ref[name].at[row, here, kv_head], into.at[slot], full.at[slot])
+
+                        def of_ring() -> None:
+                            at = ref[f"ring_{name}"].at[row, kv_head, here]
+                            plgpu.copy_gmem_to_smem(at, into.at[slot], full.at[slot])
+
+                        if walk.ring is None:
+                            of_keys()
+                        else:
+                            pl.when(walk.of_ring(i))(of_ring)
+                            pl.when(jnp.logical_not(walk.of_ring(i)))(of_keys)
+
                     pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref["k"].at[at], k_smem.at[slot], k_full.at[slot])
+                    fetch("k", k_smem, k_full)
                     pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref["v"].at[at], v_smem.at[slot], v_full.at[slot])
+                    fetch("v", v_smem, v_full)
                     return ()
 
                 lax.fori_loop(0, walk.count, load, ())
@@ -343,11 +681,13 @@ def forward(
         "v_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if own_output:
-        scratch["out_smem"] = swizzled((warpgroups, ROWS, depth), dtype)
+        scratch["out_smem"] = swizzled((warpgroups, ROWS, out_columns), out_dtype)
+    if ring_arrays is not None:
+        scratch["cleared"] = plgpu.Barrier(num_arrivals=warpgroups)
     out, lse = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct(q.shape, out_dtype),
             jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32),
         ],
         grid=(programs,),
@@ -362,18 +702,16 @@ def forward(
 
 
 def _segment_bounds(
-    problem: Problem, rows: Rows, operands: dict[str, Array], bounds_of: Any, query_tiles: int, tile: int, block: int
+    problem: Problem, rows: Rows, operands: dict[str, Array], bounds: Any, query_tiles: int, tile: int, block: int
 ) -> Array:
     """int32 [B, query tiles, 5]: end of the sink tiles, then first, full_first, full_end and end of the others."""
     offset: Any = problem.q_offset
     if rows.q_start is not None:
-        offset = rows.q_start[:, None]
-    found = bounds_of(jnp.arange(query_tiles, dtype=jnp.int32)[None], q_offset=offset)
+        offset = (rows.q_start - (0 if rows.kv_start is None else rows.kv_start))[:, None]
+    real, kv_start = (None if x is None else x[:, None] for x in (rows.q_length, rows.kv_start))
+    found = bounds(jnp.arange(query_tiles, dtype=jnp.int32)[None], offset, real, kv_start)
     shape = (problem.batch, query_tiles)
-    sinks, *bounds = (
-        jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape)
-        for x in (found.sink_end, found.first, found.full_first, found.full_end, found.end)
-    )
+    sinks, *others = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in found)
     q_tiles = operands["q_segments"].reshape(problem.batch, -1, tile)
     k_tiles = operands["kv_segments"].reshape(problem.batch, -1, block)
-    return jnp.stack([sinks, *within_segments(tuple(bounds), q_tiles, k_tiles)], axis=-1)
+    return jnp.stack([sinks, *within_segments(tuple(others), q_tiles, k_tiles)], axis=-1)

@@ -1,0 +1,45 @@
+"""Every Hopper kernel once, on small arrays: a program for NVIDIA's `compute-sanitizer`.
+
+`compute-sanitizer --tool memcheck python tests/under_sanitizer.py`, and the same with `--tool racecheck`: 0 errors, 0
+hazards, in about 12 seconds each.
+"""
+
+import os
+
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # so that memory past an array's end is nobody's
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ringjax as rj
+from ringjax import Window
+
+SIZE = 200  # no multiple of a tile
+
+
+def main():
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(rng.standard_normal((1, SIZE, n, 64)), jnp.bfloat16) for n in (2, 1, 1, 2))
+
+    def derivative(q, k, v, g, window):
+        out, vjp = jax.vjp(lambda *x: rj.attention(*x, window, implementation="mosaic"), q, k, v)
+        return out, vjp(g)
+
+    run = jax.jit(derivative, static_argnums=4)
+    results = {f"attention, {window}": run(q, k, v, g, window) for window in (Window.causal(90), Window.causal())}
+    step = jax.jit(rj.attend, static_argnames="implementation")
+    ring = rj.RingBuffer.empty(1, 1, 64, Window.causal(150, sinks=3))
+    for i in range(2):
+        results[f"chunk {i}"], ring = step(q, k, v, ring, implementation="mosaic")
+    for i in range(3):
+        token = (x[:, i : i + 1] for x in (q, k, v))
+        results[f"token {i}"], ring = step(*token, ring, implementation="mosaic")
+    for name, found in results.items():
+        means = [float(jnp.abs(x.astype(jnp.float32)).mean()) for x in jax.tree.leaves(found)]
+        assert np.isfinite(means).all() and min(means) > 0, name
+        print(name, *(f"{mean:.4f}" for mean in means))
+
+
+if __name__ == "__main__":
+    main()
