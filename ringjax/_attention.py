@@ -1,5 +1,6 @@
 """Sliding-window attention without history (`attention`)."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -79,6 +80,7 @@ def attention(
     problem, rows, arrays = _canonical(
         "attention", q, k, v, window, segment_ids, kv_segment_ids, sink_logits, softcap, scale, q_offset, config
     )
+    problem = dataclasses.replace(problem, lse=return_lse)
     q, k, v, sink_logits = arrays
     if rows.q_segments is not None and rows.kv_segments is not None:
         q = _zero_where_padding(q, rows.q_segments >= 0)

@@ -6,13 +6,12 @@ one head.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringjax._kernels import xla
-from ringjax._kernels.problem import Problem, Rows
+from ringjax._kernels.problem import Problem, Walk
 from ringjax._kernels.tiles import Tiles
 from ringjax._schedule import KeyTiles, key_tiles
 from ringjax._slots import position_in_slot
@@ -92,42 +91,42 @@ def _sight(problem: Problem, row: Row, tile: int) -> Iterator[tuple[Any, Any]]:
         yield some & ((first - at <= window.left) | pinned), every & ((last - at <= window.left) | pinned)
 
 
-def _walk_xla(problem: Problem, rows: list[Row] | None) -> tuple[Tiles, int | None]:
-    """Tile sizes of `xla`, and the pairs it computes: its blocks begin at the first visible key, not on a grid."""
-    plan = xla._plan(problem, Rows())
-    sizes = Tiles(plan.sizes.block_size, plan.sizes.tile_size, plan.sizes.head_tile_size)
-    if rows is None:
-        return sizes, None
-    tile, size = plan.sizes.tile_size, plan.sizes.block_size
+def computed_pairs(problem: Problem, walk: Walk, rows: list[Row]) -> int:
+    """Pairs that an implementation computes in all rows."""
+    tile, size = walk.sizes.tile_size, walk.sizes.block_size
+    assert tile is not None and size is not None
+    if walk.on_grid:
+        tiles = (sum(full_and_edge_tiles(problem, row, walk.sizes)) * times for row, times in Counter(rows).items())
+        return tile * size * sum(tiles)
     count = -(-problem.queries // tile)
-    # Rows that run together read what any of them needs.
-    together = [[row] for row in rows] if xla._head_by_head(problem) else [rows]
+    together = [[row] for row in rows] if walk.rows_apart else [rows]
     computed = 0
     for group, times in Counter(map(tuple, together)).items():
         if problem.is_ring:
-            pairs = tile * _ring_slots(plan, list(dict.fromkeys(group)), count)
+            keys = _ring_slots(problem, walk, list(dict.fromkeys(group)), count)
         else:
             blocks = np.ones(count, int)
-            if plan.blocks > 1:
+            if walk.blocks > 1:
                 window = dataclasses.replace(problem.window, sinks=0)
                 sides = {"tile_size": tile, "block_size": 1, "queries": problem.queries, "keys": problem.keys}
                 offsets = np.array(sorted({row.start - row.kv_start for row in group}))[:, None]
                 t = key_tiles(window, np.arange(count)[None], q_offset=offsets, **sides)
                 first, end = (np.broadcast_to(x, (len(offsets), count)) for x in (t.first, t.end))
-                reach = end.max(0) - np.maximum(first, plan.sinks).min(0)
+                reach = end.max(0) - np.maximum(first, walk.sinks).min(0)
                 blocks = np.maximum(-(-reach // size), 0)
-            if plan.sinks == problem.keys:
+            if walk.sinks == problem.keys:
                 blocks = np.zeros(count, int)
-            pairs = tile * int((plan.sinks + blocks * size).sum())
-        computed += pairs * len(group) * times
-    return sizes, computed
+            keys = int((walk.sinks + blocks * size).sum())
+        computed += tile * keys * len(group) * times
+    return computed
 
 
-def _ring_slots(plan: Any, rows: list[Row], count: int) -> int:
-    """Slots that `xla` multiplies with for its query tiles, for rows that run together."""
-    problem, size = plan.problem, plan.sizes.block_size
-    starts = np.arange(plan.sinks, problem.keys, size)
-    if plan.sinks:
+def _ring_slots(problem: Problem, walk: Walk, rows: list[Row], count: int) -> int:
+    """Slots that the query tiles of rows that run together multiply with, all tiles of one row."""
+    tile, size = walk.sizes.tile_size, walk.sizes.block_size
+    assert tile is not None and size is not None
+    starts = np.arange(walk.sinks, problem.keys, size)
+    if walk.sinks:
         starts = np.concatenate([[0], starts])
     wanted = np.zeros((count, len(starts)), bool)
     filled = 0
@@ -135,19 +134,15 @@ def _ring_slots(plan: Any, rows: list[Row], count: int) -> int:
         if row.written - row.length <= problem.slack:
             filled = max(filled, problem.keys if row.written > problem.keys else row.length)
         at = 0
-        for some, _ in _sight(problem, row, plan.sizes.tile_size):
+        for some, _ in _sight(problem, row, tile):
             wanted[at : at + len(some)] |= np.logical_or.reduceat(some, starts, axis=1)
             at += len(some)
-    if xla._reads_whole(plan) and xla._dense(problem, filled):
+    if walk.one_pass is not None and walk.one_pass(filled):
         return count * problem.keys
     widths = np.full(len(starts), size)
-    if plan.sinks:
-        widths[0] = plan.sinks
-    visited = starts < max(filled, plan.sinks) if plan.blocks > 1 else np.ones(len(starts), bool)
-    if xla._skips(plan):
+    if walk.sinks:
+        widths[0] = walk.sinks
+    visited = starts < max(filled, walk.sinks) if walk.blocks > 1 else np.ones(len(starts), bool)
+    if walk.skips:
         return int((wanted & visited) @ widths @ np.ones(count, int))
     return count * int((visited * widths).sum())
-
-
-WALKS: dict[str, Callable[[Problem, list[Row] | None], tuple[Tiles, int | None]]] = {"xla": _walk_xla}
-"""For each implementation whose tiles are known: its sizes, and the pairs that it computes in all rows."""

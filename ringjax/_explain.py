@@ -18,8 +18,8 @@ from ringjax import _inputs
 from ringjax._attend import _ring_problem
 from ringjax._attention import _canonical, _options
 from ringjax._buffer import RingBuffer, _check_tokens
-from ringjax._counting import WALKS, Row, full_and_edge_tiles, visible_pairs
-from ringjax._kernels import reasons_against, resolve
+from ringjax._counting import Row, computed_pairs, full_and_edge_tiles, visible_pairs
+from ringjax._kernels import IMPLEMENTATIONS, reasons_against, resolve
 from ringjax._kernels.problem import Problem
 from ringjax._kernels.tiles import Tiles, TileSizes
 from ringjax._window import Window
@@ -228,15 +228,17 @@ def explain(
             lambda *args: _canonical(*args)[0],
             *(call, q, k, v, window, segment_ids, kv_segment_ids, sink_logits, softcap, scale, q_offset, config),
         )
+        problem = dataclasses.replace(problem, lse=return_lse)
         path, asked = "no history: one set of keys", [("keys", problem, _offset_rows(problem, q_offset))]
     against = {name: tuple(reasons) for name, reasons in reasons_against(problem).items()}
     for _, p, _ in asked[1:]:  # of two sources, both must run
         for name, reasons in reasons_against(p).items():
             against[name] = tuple(dict.fromkeys(against[name] + tuple(reasons)))
     chosen = _choice(asked, call, implementation)
+    extends = getattr(IMPLEMENTATIONS.get(chosen or ""), "extends", None)
+    if len(asked) > 1 and extends is not None and extends(problem):
+        path = path.replace("merged by lse", f"in one launch of {chosen!r} (its derivative: in others)")
     notes = _unknowns(asked, isinstance(window, RingBuffer))
-    if chosen not in WALKS:
-        notes.append(f"which tiles {chosen!r} computes is not known here." if chosen else "no tiles are computed.")
     sources = tuple(_source(name, p, rows, chosen, notes, len(asked) > 1) for name, p, rows in asked)
     return Explanation(
         path=path,
@@ -244,7 +246,7 @@ def explain(
         implementation=chosen,
         against=MappingProxyType(against),
         sources=sources,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),
         **_totals(problem, k, v, window, asked),
     )
 
@@ -393,14 +395,17 @@ def _source(
     name: str, problem: Problem, rows: list[Row] | None, chosen: str | None, notes: list[str], several: bool
 ) -> Source:
     visible = None if rows is None else sum(visible_pairs(problem, row) * n for row, n in Counter(rows).items())
-    walk = WALKS.get(chosen or "")
+    walk = getattr(IMPLEMENTATIONS.get(chosen or ""), "walk", lambda problem: None)(problem)
     if walk is None:
+        notes.append(f"which tiles {chosen!r} computes is not known here." if chosen else "no tiles are computed.")
         return Source(name, problem, None, None, None, None, visible, None)
-    sizes, computed = walk(problem, rows)
-    notes += _rounded(problem, sizes, f"{name}: " if several else "")
-    source = Source(name, problem, sizes, None, None, None, visible, computed)
+    sizes = walk.sizes
+    fixed = f"{chosen!r} has tiles of this size only" if walk.on_grid else None
+    notes += _rounded(problem, sizes, f"{name}: " if several else "", fixed)
+    source = Source(name, problem, sizes, None, None, None, visible, None)
     if rows is None:
         return source
+    source = dataclasses.replace(source, computed=computed_pairs(problem, walk, rows))
     full = edge = 0
     for row, times in Counter(rows).items():
         counts = full_and_edge_tiles(problem, row, sizes)
@@ -410,7 +415,7 @@ def _source(
     return dataclasses.replace(source, full=full, edge=edge, skipped=total - full - edge)
 
 
-def _rounded(problem: Problem, sizes: Tiles, where: str) -> Iterator[str]:
+def _rounded(problem: Problem, sizes: Tiles, where: str, fixed: str | None) -> Iterator[str]:
     whole = {
         "tile_size": f"there are {problem.queries} queries",
         "block_size": f"there are {problem.keys} {'slots' if problem.is_ring else 'keys'}",
@@ -419,4 +424,4 @@ def _rounded(problem: Problem, sizes: Tiles, where: str) -> Iterator[str]:
     for field, asked in problem.tiles._asdict().items():
         used = getattr(sizes, field)
         if asked is not None and used != asked:
-            yield f"{where}{field} is rounded: {asked} asked for, {used} used; {whole[field]}."
+            yield f"{where}{field} is rounded: {asked} asked for, {used} used; {fixed or whole[field]}."

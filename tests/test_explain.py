@@ -10,8 +10,8 @@ import oracle
 import pytest
 
 import ringjax as rj
-from ringjax import _counting, _explain
-from ringjax._kernels import xla
+from ringjax import _attention, _counting, _explain
+from ringjax._kernels import mosaic, xla
 from ringjax._kernels.tiles import Tiles
 
 W = rj.Window
@@ -276,10 +276,29 @@ def test_a_chosen_implementation_and_reasons(monkeypatch):
     assert got.visible_pairs == 21
     assert got.sources[0].sizes is None
     monkeypatch.undo()
-    monkeypatch.setattr(_explain, "WALKS", {})
+    monkeypatch.delattr(xla, "walk")
     got = rj.explain(q, k, v, W.causal(3), implementation="xla")
     assert got.sources[0].full is None
     assert got.notes == ("which tiles 'xla' computes is not known here.",)
+
+
+def test_the_kernels_for_hopper_compute_whole_tiles_of_a_grid(monkeypatch):
+    """128 queries x 128 keys at head size 128: full and edge tiles, and no part of another."""
+    monkeypatch.setattr(_attention, "_device", lambda x: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(mosaic, "_JAX", (0, 11))
+    q, k, window = shaped(1, 1000, 4, 128), shaped(1, 1000, 2, 128), W.causal(300, sinks=3)
+    got = rj.explain(q, k, k, window, config=Tiles(100, 100, 2))
+    (source,) = got.sources
+    assert got.implementation == "mosaic"
+    assert source.sizes == Tiles(128, 128, 1) or source.sizes == Tiles(64, 128, 1)
+    mask = mask_of(window, np.arange(1000)[None], np.arange(1000))
+    assert counted(source) == count(mask, 128, source.sizes.block_size)
+    assert source.computed == (source.full + source.edge) * 128 * source.sizes.block_size
+    assert "tile_size is rounded: 100 asked for, 128 used; 'mosaic' has tiles of this size only." in got.notes
+    ring = rj.RingBuffer.empty(1, 2, 128, W.causal(300, sinks=3), slack=3)
+    got = rj.explain(q.update(shape=(1, 1, 4, 128)), *[k.update(shape=(1, 1, 2, 128))] * 2, ring)
+    assert got.implementation == "mosaic" and got.sources[0].sizes is None
+    assert got.notes == ("which tiles 'mosaic' computes is not known here.",)
 
 
 @pytest.mark.parametrize(

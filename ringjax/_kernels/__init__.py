@@ -2,16 +2,18 @@
 
 Dispatch is pure: from the static facts of a call to a choice. An implementation is a module with a `name`,
 `unsupported(problem) -> list[str]` (why it cannot run; empty: it can), `forward` and `backward`. It may say of problems
-that their `backward` is another's (`differentiates(problem) -> bool`), and may offer to write into a ring what it then
-attends to (`writes`, `append_attend`; see `ringjax/_in_place.py`).
+that their `backward` is another's (`differentiates(problem) -> bool`), may offer to write into a ring what it then
+attends to (`writes`, `append_attend`; see `ringjax/_in_place.py`) or to attend to a ring and a longer chunk in one
+launch (`extends`, `extend`; see `ringjax/_attend.py`), and may tell `explain` which pairs it computes (`walk(problem)
+-> Walk | None`).
 """
 
 from typing import Any
 
-from ringjax._kernels import mosaic, xla
+from ringjax._kernels import cudnn, mosaic, xla
 from ringjax._kernels.problem import Problem
 
-IMPLEMENTATIONS: dict[str, Any] = {module.name: module for module in (mosaic, xla)}
+IMPLEMENTATIONS: dict[str, Any] = {module.name: module for module in (mosaic, cudnn, xla)}
 """By name, fastest first."""
 
 
