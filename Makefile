@@ -16,11 +16,12 @@ LEGACY_PYTHON ?= $(shell $(old))
 BIN    := .venv/bin
 LATEST := .venv-latest/bin
 LEGACY := .venv-legacy/bin
+AOT    := .venv-aot/bin
 PYTEST  = python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment must not meet
-.PHONY: help demo examples test test-latest test-legacy lint types format bench python312 legacy-python clean
+.PHONY: help demo examples test test-latest test-legacy lint types format bench aot python312 legacy-python clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -55,6 +56,9 @@ format: .venv/.dev ## rewrite to ruff's layout, mend what it can
 bench: .venv/.dev ## time it against its peers on this machine's CPU
 	$(BIN)/python -m benchmarks $(ARGS)
 
+aot: .venv-aot/.cuda ## compile every Hopper kernel for an H200, without one; fails if a kernel spills registers (4.4 GB)
+	$(AOT)/python -m benchmarks.gpu_compile $(ARGS)
+
 python312: # print a Python 3.12 that runs, or nothing
 	@echo $(PYTHON312)
 
@@ -62,7 +66,7 @@ legacy-python: # print a Python that the old xFormers has a wheel for, or nothin
 	@echo $(LEGACY_PYTHON)
 
 clean: ## remove the environments and everything else that is built here
-	rm -rf .venv .venv-latest .venv-legacy .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
+	rm -rf .venv .venv-latest .venv-legacy .venv-aot .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments: .venv/.dev is "the extra `dev` is installed in .venv".
@@ -87,4 +91,13 @@ clean: ## remove the environments and everything else that is built here
 	@test -x $(LEGACY)/python || $(LEGACY_PYTHON) -m venv .venv-legacy
 	$(LEGACY)/python -m pip install -qq --disable-pip-version-check --editable '.[test]' torch==2.13.0
 	$(LEGACY)/python -m pip install -qq --disable-pip-version-check --no-deps xformers==0.0.28.post3
+	@touch $@
+
+# The kernels are compiled by the one jax whose ptxas their sizes were chosen with: 0.12 assembles them by another library
+# (nvJitLink), which spills where this one does not.
+.venv-aot/.%: pyproject.toml
+	@test -n "$(PYTHON312)" || { echo "No Python 3.12 found: name one, make aot PYTHON312=/path/to/python3.12"; exit 1; }
+	@echo "Installing ringjax[$*] with jax 0.11.2 into .venv-aot: minutes and 4.4 GB the first time"
+	@test -x $(AOT)/python || $(PYTHON312) -m venv .venv-aot
+	$(AOT)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]' jax==0.11.2 jaxlib==0.11.2
 	@touch $@

@@ -3,106 +3,63 @@
 Every result is checked against attention in float32 at sampled rows and keys before it is timed. All candidates of one
 row of the table are timed in turn, in batches of calls back to back: a chip that is limited by its power runs a cold
 first batch faster than any later one. TFLOP/s count visible pairs only: 4 H per pair forward, 14 H with the backward.
+
+`--json FILE` adds each figure to a file as soon as it is there; `python -m benchmarks.gpu_tables FILE...` makes tables
+and a plot of such files, without a GPU. Peers take part where they are installed: jax.nn's cuDNN, tokamax, and
+FlashAttention-3, for torch, in the same process (see `benchmarks/flash3.py`).
 """
 
 import argparse
-import dataclasses
 import datetime
-import statistics
+import importlib.metadata
+import json
+import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the memory
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import ringjax as rj
+from benchmarks import flash3, gpu_tables
+from benchmarks.gpu_rows import SHAPES, chosen, errors
+from benchmarks.timing import in_batches
 
-BATCHES, BATCH_S = 9, 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the table: a shape (B, T, N, K, H), a window of `size` keys (None: causal without bound)."""
-
-    name: str
-    shape: tuple[int, int, int, int, int]
-    size: int | None
-    softcap: float | None = None
-    sink_logits: bool = False
-    segment: int | None = None  # mean length of the packed sequences
-
-    @property
-    def window(self):
-        return rj.Window.causal(self.size)
-
-    def arrays(self):
-        b, t, n, k, h = self.shape
-        keys = jax.random.split(jax.random.key(0), 5)
-        shapes = ((b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h))
-        q, k, v, g = (jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=False))
-        sinks = jax.random.normal(keys[4], (n,)) if self.sink_logits else None
-        ids = None
-        if self.segment:
-            starts = np.random.default_rng(0).random((b, t)) < 1 / self.segment
-            ids = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-        return q, k, v, g, sinks, ids
-
-    def pairs(self, ids):
-        """Visible pairs of a query and a key, in all rows and heads."""
-        b, t, n = self.shape[:3]
-        at = np.broadcast_to(np.arange(t), (b, t))
-        first = np.zeros_like(at) if self.size is None else np.maximum(at - self.size + 1, 0)
-        if ids is not None:
-            ids = np.asarray(ids)
-            start = np.maximum.accumulate(np.where(np.diff(ids, axis=1, prepend=-1) != 0, at, 0), axis=1)
-            first = np.maximum(first, start)
-        return int((at - first + 1).sum()) * n
+PASSES = ("forward", "with backward")
+TOGETHER = 6  # rows that are compiled at once: the more, the faster; the fewer, the sooner the first figure
 
 
-ROWS = [
-    Row("A", (1, 32768, 32, 8, 128), 4096),
-    Row("B", (4, 8192, 16, 16, 128), 1024),
-    Row("C", (8, 4096, 32, 8, 64), 1024),
-    Row("D", (1, 32768, 16, 8, 256), 1024),
-    Row("E", (2, 8192, 32, 8, 128), None),
-    Row("F", (1, 131072, 8, 2, 128), 4096),
-    Row("W=128", (1, 16384, 32, 8, 128), 128),
-    Row("W=256", (1, 16384, 32, 8, 128), 256),
-    Row("A, softcap 50", (1, 32768, 32, 8, 128), 4096, softcap=50.0),
-    Row("A, sink logits", (1, 32768, 32, 8, 128), 4096, sink_logits=True),
-    Row("A, packed 4096", (1, 32768, 32, 8, 128), 4096, segment=4096),
-]
-
-
-def ours(row):
+def ours(row, implementation="mosaic"):
     """`attention` as anybody calls it; `ids` and `sinks` may be None."""
 
     def call(q, k, v, sinks, ids):
-        return rj.attention(
-            q, k, v, row.window, softcap=row.softcap, sink_logits=sinks, segment_ids=ids, implementation="mosaic"
-        )
+        options = {"softcap": row.softcap, "sink_logits": sinks, "segment_ids": ids}
+        return rj.attention(q, k, v, row.window, implementation=implementation, **options)
 
     return call
 
 
 def deterministic(row):
     """The same with the backward that agrees bit for bit from run to run."""
-    from ringjax import _attention
+    import dataclasses
+
+    from ringjax._attention import _canonical
     from ringjax._op import op
 
     def call(q, k, v, sinks, ids):
-        problem, rows, _ = _attention._canonical("attention", q, k, v, row.window, ids, None, sinks, *[None] * 4)
-        problem = dataclasses.replace(problem, deterministic=True, softcap=row.softcap)
-        return op(problem, "mosaic", rows, q, k, v, sinks)[0]
+        problem, rows, _ = _canonical("attention", q, k, v, row.window, ids, None, sinks, row.softcap, *[None] * 3)
+        return op(dataclasses.replace(problem, deterministic=True), "mosaic", rows, q, k, v, sinks)[0]
 
     return call
 
 
 def cudnn(row):
     """`jax.nn.dot_product_attention`; its window counts the keys before the query's own."""
-    if row.softcap or row.sink_logits or row.segment:
-        return None
     size = None if row.size is None else (row.size - 1, 0)
 
     def call(q, k, v, sinks, ids):
@@ -112,19 +69,68 @@ def cudnn(row):
 
 
 def tokamax(row):
-    """tokamax's Mosaic kernels, where they can be imported; forward only: backward they do not skip tiles."""
-    if row.softcap or row.sink_logits or row.segment:
-        return None
-    try:
-        from tokamax import dot_product_attention
-    except Exception:
-        return None
+    """tokamax's Mosaic kernels."""
+    import tokamax
+
     size = None if row.size is None else (row.size - 1, 0)
 
     def call(q, k, v, sinks, ids):
-        return dot_product_attention(q, k, v, is_causal=True, local_window_size=size, implementation="mosaic")
+        options = {"is_causal": True, "local_window_size": size, "implementation": "mosaic"}
+        return tokamax.dot_product_attention(q, k, v, **options)
 
     return call
+
+
+def _always(row, what):
+    return []
+
+
+def _a_shape(row, what):
+    return [] if what == "with backward" and row in SHAPES else ["timed with backward only, and for A to F"]
+
+
+def _plain(row, what):
+    return [] if row.is_plain else ["called for plain attention only"]
+
+
+def _tokamax_unsupported(row, what):
+    if what == "with backward":
+        return ["backward it does not skip tiles: 4 to 88 times cuDNN's time"]
+    if not row.is_plain:
+        return _plain(row, what)
+    try:
+        import tokamax  # noqa: F401
+        from absl import flags
+    except ImportError as problem:
+        return [f"not installed: {problem}"]
+    flags.FLAGS.mark_as_parsed()  # it keeps settings there, and would read our command line for them
+    return []
+
+
+def _flash3_unsupported(row, what):
+    return _plain(row, what) or flash3.unsupported()
+
+
+class Candidate(NamedTuple):
+    """One way to compute attention.
+
+    Attributes:
+      unsupported: from a row and a pass to the reasons why it is not timed; none: it is.
+      build: from a row to `f(q, k, v, sink_logits, segment_ids) -> out` in JAX; None: it is FlashAttention-3.
+    """
+
+    unsupported: object
+    build: object
+
+
+CANDIDATES = {
+    "ringjax": Candidate(_always, ours),
+    "deterministic": Candidate(_a_shape, deterministic),
+    "FlashAttention-3": Candidate(_flash3_unsupported, None),
+    "jax.nn cuDNN": Candidate(_plain, cudnn),
+    "ringjax cudnn": Candidate(_plain, partial(ours, implementation="cudnn")),
+    "tokamax": Candidate(_tokamax_unsupported, tokamax),
+}
 
 
 def with_gradients(call):
@@ -135,129 +141,145 @@ def with_gradients(call):
     return both
 
 
-def exact(row, arrays, b, kv_head, first, last):
-    """Float32 out and dq of queries [first, last) of a group's heads, and dk and dv of keys [first, last) from them."""
-    q, k, v, g, sinks, ids = arrays
-    group = row.shape[2] // row.shape[3]
-    head = kv_head * group
-    with jax.default_matmul_precision("highest"):
-        low = 0 if row.size is None else max(0, first - row.size + 1)
-        q, g = (x[b, first:last, head : head + group].astype(jnp.float32) for x in (q, g))
-        k, v = (x[b, low:last, kv_head].astype(jnp.float32) for x in (k, v))
-        logits = jnp.einsum("tnh,sh->nts", q, k) * row.shape[4] ** -0.5
-        slope = 1.0
-        if row.softcap:
-            capped = jnp.tanh(logits / row.softcap)
-            logits, slope = row.softcap * capped, 1 - capped * capped
-        at, key = jnp.arange(first, last)[:, None], jnp.arange(low, last)[None]
-        seen = row.window.visible(at, key)
-        if ids is not None:
-            seen = seen & (ids[b, first:last, None] == ids[b, None, low:last])
-        logits = jnp.where(seen, logits, -jnp.inf)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        if sinks is not None:
-            lse = jnp.logaddexp(lse, sinks[head : head + group, None])
-        weights = jnp.exp(logits - lse[..., None])
-        out = jnp.einsum("nts,sh->tnh", weights, v)
-        d = weights * (jnp.einsum("tnh,sh->nts", g, v) - (g * out).sum(-1).T[..., None]) * slope
-        dq = jnp.einsum("nts,sh->tnh", d, k) * row.shape[4] ** -0.5
-        dk = jnp.einsum("nts,tnh->sh", d, q)[first - low :] * row.shape[4] ** -0.5
-        dv = jnp.einsum("nts,tnh->sh", weights, g)[first - low :]
-        return out, dq, dk, dv
+def forward_only(call):
+    def forward(q, k, v, g, sinks, ids):
+        return (call(q, k, v, sinks, ids),)
+
+    return forward
 
 
-def error(row, arrays, found):
-    """The largest relative error at the start and at the end; keys of the last rows are seen by these rows alone."""
-    group, (b, t, _, kv_heads, _) = row.shape[2] // row.shape[3], row.shape
-    worst = 0.0
-    for at, head, first in ((0, 0, 0), (b - 1, kv_heads - 1, t - 512)):
-        rows, heads = slice(first, first + 512), slice(head * group, (head + 1) * group)
-        wanted = exact(row, arrays, at, head, first, first + 512)
-        got = [found[0][at, rows, heads]]
-        if len(found) > 1:
-            got.append(found[1][at, rows, heads])
-            if first:
-                got += [x[at, rows, head] for x in found[2:]]
-        for x, y in zip(got, wanted, strict=False):
-            worst = max(worst, float(jnp.linalg.norm(x.astype(jnp.float32) - y) / jnp.linalg.norm(y)))
-    return worst
+class Compiled(NamedTuple):
+    """What a row runs, each a future of an executable or of what kept it from being one."""
+
+    make: object  # its inputs
+    check: dict  # pass -> the errors of a result
+    calls: dict  # (candidate, pass) -> the call
 
 
-def timed(calls):
-    """Median seconds of each call: batches of calls back to back, the candidates in turn."""
-    counts = {}
-    for name, (run, arguments) in calls.items():
-        start = time.perf_counter()
-        jax.block_until_ready([run(*arguments) for _ in range(3)])
-        counts[name] = max(2, int(BATCH_S * 3 / (time.perf_counter() - start)))
-    seconds = {name: [] for name in calls}
-    for _ in range(BATCHES):
-        for name, (run, arguments) in calls.items():
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                result = run(*arguments)
-            jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(found) for name, found in seconds.items()}
-
-
-CANDIDATES = {"ringjax": ours, "deterministic": deterministic, "jax.nn cuDNN": cudnn, "tokamax": tokamax}
-
-
-def compiled(row):
-    """Futures of everything that a row times: (name, what) -> (executable, arguments)."""
-    arrays = row.arrays()
-    q, k, v, g, sinks, ids = arrays
+def compile_rows(rows, names, report, pool):
+    """`Compiled` of each row. Tracing takes turns, compiling does not: all these rows at once, before any is timed."""
     found = {}
-    for name, make in CANDIDATES.items():
-        call = make(row)
-        if call is None:
-            continue
-        if name != "deterministic":
-            found[name, "forward"] = jax.jit(call), (q, k, v, sinks, ids)
-        if name != "tokamax":
-            found[name, "with backward"] = jax.jit(with_gradients(call)), (q, k, v, g, sinks, ids)
-    return arrays, {key: (f.lower(*arguments), arguments) for key, (f, arguments) in found.items()}
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_attention", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of rows, such as A 'A, softcap 50'")
-    rows = [row for row in ROWS if row.name in (parser.parse_args().only or [row.name])]
-    device = jax.devices()[0]
-    today = datetime.datetime.now(datetime.UTC).date()
-    print(
-        f"{device.device_kind}, jax {jax.__version__}, {today}; {BATCHES} batches of {BATCH_S * 1e3:.0f} ms, medians.\n"
-    )
-    print("| row | what | candidate | ms | TFLOP/s | temporary MiB | error |\n|---|---|---|---|---|---|---|")
     for row in rows:
-        arrays, lowered = compiled(row)
-        with ThreadPoolExecutor(8) as pool:
-            futures = {key: (pool.submit(x.compile), arguments) for key, (x, arguments) in lowered.items()}
-        ready, errors = {}, {}
-        for key, (future, arguments) in futures.items():
+        calls = {}
+        for name in names:
+            candidate = CANDIDATES[name]
+            for what in PASSES:
+                if reasons := candidate.unsupported(row, what):
+                    report({"record": "left out", "row": row.name, "what": what, "candidate": name, "why": reasons[0]})
+                elif candidate.build is None:
+                    calls[name, what] = None
+                else:
+                    calls[name, what] = _compile(pool, partial(_run, candidate.build, row, what), *row.specs)
+        results = {"forward": row.specs[:1], "with backward": (row.specs[0], *row.specs[:3])}
+        # The check runs once: looking for the fastest way to compute it would take longer than all the rest.
+        fast = {"xla_gpu_autotune_level": "0"}
+        check = {what: _compile(pool, partial(errors, row), row.specs, *results[what], **fast) for what in PASSES}
+        found[row] = Compiled(_compile(pool, row.normal, jax.random.key(0)), check, calls)
+        report({"record": "traced", "row": row.name})
+    return found
+
+
+def _run(build, row, what, *arrays):
+    return {"forward": forward_only, "with backward": with_gradients}[what](build(row))(*arrays)
+
+
+def _compile(pool, f, *args, **compiler_options):
+    """A future of f's executable for such arguments."""
+    try:
+        lowered = jax.jit(f).lower(*args)
+    except Exception as problem:
+        return pool.submit(_raise, problem)
+    return pool.submit(lowered.compile, compiler_options)
+
+
+def _raise(problem):
+    raise problem
+
+
+def measure(row, compiled, report, *, batches, batch_s):
+    """Checks and times all candidates of one row, and reports each figure."""
+    arrays = row.arrays(compiled.make.result())
+    for what in PASSES:
+        ready, about = {}, {}
+        for name in dict.fromkeys(name for name, w in compiled.calls if w == what):
+            fields = {"row": row.name, "what": what, "candidate": name}
             try:
-                run = future.result()
-                result = run(*arguments)
-            except Exception as problem:
-                print(f"| {row.name} | {key[1]} | {key[0]} | failed: {type(problem).__name__} | | | |")
+                if compiled.calls[name, what] is None:
+                    run, wait = flash3.call(row, what, arrays)
+                    result, temporary = run(), None
+                    wait(result)
+                    result = flash3.as_jax(result)
+                else:
+                    executable = compiled.calls[name, what].result()
+                    run, wait = partial(executable, *arrays), jax.block_until_ready
+                    result, temporary = run(), executable.memory_analysis().temp_size_in_bytes
+                error = float(jnp.max(compiled.check[what].result()(arrays, *result)))
+            except Exception as problem:  # of whoever's library: the others are timed all the same
+                first = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+                report({"record": "failed", **fields, "why": first[:200]})
                 continue
-            errors[key] = error(row, arrays, result if isinstance(result, tuple) else (result,))
-            if errors[key] < 1e-2:  # a NaN is not
-                ready[key] = run, arguments
+            if error < 1e-2:  # a NaN is not
+                ready[name] = run, wait
+                about[name] = fields | {"error": error, "temporary_bytes": temporary}
             else:
-                print(f"| {row.name} | {key[1]} | {key[0]} | REFUSED: wrong | | | {errors[key]:.1e} |")
-        for what, flops in (("forward", 4), ("with backward", 14)):
-            seconds = timed({key: call for key, call in ready.items() if key[1] == what})
-            for (name, _), s in seconds.items():
-                rate = flops * row.shape[4] * row.pairs(arrays[-1]) / s / 1e12
-                held = ready[name, what][0].memory_analysis().temp_size_in_bytes / 2**20
-                print(
-                    f"| {row.name} | {what} | {name} | {s * 1e3:.3f} | {rate:.0f} | {held:.0f} "
-                    f"| {errors[name, what]:.1e} |",
-                    flush=True,
-                )
+                report({"record": "refused", **fields, "error": error})
+            del result
+        for name, timing in in_batches(ready, batches=batches, batch_s=batch_s).items():
+            about[name] |= {"seconds": timing.median, "low_s": timing.low, "high_s": timing.high}
+            rate = row.flops(what) / timing.median / 1e12
+            report({"record": "timing", **about[name], "tflops": rate, "shape": row.shape, "size": row.size})
+
+
+def environment():
+    """What the figures depend on."""
+    device = jax.devices()[0]
+    versions = {}
+    for name in ("jax", "jaxlib", "tokamax", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["python"] = sys.version.split()[0]
+    today = str(datetime.datetime.now(datetime.UTC).date())
+    version = str(getattr(device.client, "platform_version", "")).strip().replace("\n", ", ")
+    return {"record": "environment", "device": device.device_kind, "driver": version, "date": today} | {
+        "versions": versions
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_attention", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows, such as A 'A, softcap 50', or shapes, features")
+    usual = [name for name in CANDIDATES if name != "ringjax cudnn"]  # the same kernels as jax.nn's
+    parser.add_argument("--candidates", nargs="+", metavar="NAME", choices=CANDIDATES, default=usual)
+    parser.add_argument("--batches", type=int, default=9, help="of each candidate and pass; their median is the figure")
+    parser.add_argument("--batch-ms", type=float, default=50.0)
+    parser.add_argument("--quick", action="store_true", help="3 batches of 20 ms: the tables' form, not their figures")
+    parser.add_argument(
+        "--json", metavar="FILE", help="add each figure to this file, as a line of JSON, once it is there"
+    )
+    options = parser.parse_args(argv)
+    batches, batch_s = (3, 0.02) if options.quick else (options.batches, options.batch_ms / 1e3)
+    start, records = time.perf_counter(), []
+
+    def report(record):
+        records.append(record)
+        if record["record"] != "left out":
+            print(f"{time.perf_counter() - start:6.1f} s  {gpu_tables.line(record)}", flush=True)
+        if options.json:
+            with open(options.json, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    report(environment() | {"batches": batches, "batch_s": batch_s})
+    rows = chosen(options.only)
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 1)) as pool:
+        for some in (rows[i : i + TOGETHER] for i in range(0, len(rows), TOGETHER)):
+            compiled = compile_rows(some, options.candidates, report, pool)
+            for row in some:
+                measure(row, compiled.pop(row), report, batches=batches, batch_s=batch_s)
+    print(f"\n{gpu_tables.tables(records)}")
+    return int(any(record["record"] == "refused" for record in records))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

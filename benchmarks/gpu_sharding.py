@@ -18,7 +18,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ringjax as rj
-from benchmarks.gpu_attention import Row, error, exact, timed
+from benchmarks.gpu_rows import Row, error, exact
+from benchmarks.timing import in_batches
 from ringjax.sharding import sequence_parallel_attention, shard_rings
 
 SENT = re.compile(r"(%\S+) = (.*?) collective-permute(-start)?\(")
@@ -27,6 +28,12 @@ BYTES = {"bf16": 2, "f32": 4, "s32": 4, "f16": 2}
 
 def mesh_over(devices):
     return jax.make_mesh((len(devices),), ("x",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def timed(programs):
+    """Median seconds of each call, in turn."""
+    calls = {name: (partial(run, *arguments), jax.block_until_ready) for name, (run, arguments) in programs.items()}
+    return {name: timing.median for name, timing in in_batches(calls, batches=9, batch_s=0.05).items()}
 
 
 def difference(x, y):
@@ -99,7 +106,7 @@ def sequence(length, size, heads, kv_heads, head_dim, hlo):
     sent, behind = permuted(programs["mesh"][0].as_text())
     # Keys and values of all others forward, their gradients backward.
     whole = 4 * (length - length // len(devices)) * kv_heads * head_dim * 2
-    rate = 14 * head_dim * row.pairs(None) / 1e12
+    rate = 14 * head_dim * row.pairs / 1e12
     print("| GPUs | ms | speed-up | TFLOP/s a GPU | received MiB a GPU | all-gather's | arrays MiB | temporary MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, count in (("one", 1), ("mesh", len(devices))):

@@ -58,3 +58,34 @@ def interleaved(
                 seconds[name].append(took)
                 spent, runs = spent + took, runs + 1
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def in_batches(
+    calls: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]], *, batches: int, batch_s: float
+) -> dict[str, Timing]:
+    """Times calls that return before they are done: batches of `batch_s` of each in turn, waited for at their ends.
+
+    A chip that is limited by its power runs a first, cold batch faster than any later one, so the first is not counted.
+
+    Args:
+      calls: by name, what to run and what waits for a result of it.
+      batches: of each call.
+      batch_s: of each batch, in seconds.
+    """
+
+    def batch(name: str, count: int) -> float:
+        run, wait = calls[name]
+        start = time.perf_counter()
+        for _ in range(count):
+            result = run()
+        wait(result)
+        return (time.perf_counter() - start) / count
+
+    counts = {name: max(2, round(batch_s / min(batch(name, 2), batch(name, 3)))) for name in calls}
+    for name in calls:
+        batch(name, counts[name])
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(batches):
+        for name in calls:
+            seconds[name].append(batch(name, counts[name]))
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
