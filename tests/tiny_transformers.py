@@ -8,6 +8,7 @@ import transformers
 
 import torch_bridge.huggingface
 
+DEVICE = torch.device("cpu")  # test_gpu_huggingface.py runs tests on another
 WINDOW = 6
 VOCABULARY = 64
 SIZES = {
@@ -48,32 +49,40 @@ def config_of(kind):
     return made
 
 
-@cache
 def pair(kind):
     """The same model twice: with eager attention, and with ours."""
+    return _pair(kind, DEVICE)
+
+
+@cache
+def _pair(kind, device):
     torch_bridge.huggingface.register()
     torch.manual_seed(0)
     made = getattr(transformers, f"{KINDS[kind][0].removesuffix('Text')}ForCausalLM")
     eager, ours = (made._from_config(config_of(kind), attn_implementation=name) for name in ("eager", "ringjax"))
     ours.load_state_dict(eager.state_dict())
-    return eager.eval(), ours.eval()
+    return eager.eval().to(device), ours.eval().to(device)
 
 
 def tokens(batch, length, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=generator).to(DEVICE)
 
 
 def padding(lengths, total, side="left"):
     """int64 [B, total], 1 where a token is real: `lengths[b]` of them, on the other side than the padding."""
     index = torch.arange(total)[None]
     lengths = torch.tensor(lengths)[:, None]
-    return ((index >= total - lengths) if side == "left" else (index < lengths)).long()
+    return ((index >= total - lengths) if side == "left" else (index < lengths)).long().to(DEVICE)
+
+
+def noise(kind):
+    """How far eager attention in float32 is from the truth, on logits: the measure of law 13."""
+    return _noise(kind, DEVICE)
 
 
 @cache
-def noise(kind):
-    """How far eager attention in float32 is from the truth, on logits: the measure of law 13."""
+def _noise(kind, device):
     eager, _ = pair(kind)
     with torch.no_grad():
         exact = copy.deepcopy(eager).double()(tokens(2, 11)).logits

@@ -11,9 +11,9 @@ from torch.nn.functional import pad
 
 import ringjax as rj
 from torch_bridge._arguments import autocast, bucketed, check_floats, check_window, row_integers, tiles_of
-from torch_bridge._dlpack import TO_TORCH, as_jax_dtype, describe, jax_device, view_in_jax, view_in_torch
+from torch_bridge._dlpack import TO_TORCH, as_jax_dtype, describe, jax_device, on_device, view_in_jax, view_in_torch
 from torch_bridge._held import Held, Program
-from torch_bridge._ops import Tiles, on_device
+from torch_bridge._ops import Tiles
 
 
 class RingBuffer(Held):
@@ -67,27 +67,22 @@ class RingBuffer(Held):
     @property
     def window(self) -> rj.Window:
         """What a query sees."""
-        return self._tree().window
+        return self._facts().window
 
     @property
     def slack(self) -> int:
         """How many tokens can be rolled back."""
-        return self._tree().slack
+        return self._facts().slack
 
     @property
     def capacity(self) -> int:
         """C: slots per row."""
-        return self._tree().capacity
-
-    @property
-    def batch(self) -> int:
-        """B: rows."""
-        return int(self._tree().length.shape[0])
+        return self._facts().capacity
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the keys and values."""
-        return TO_TORCH[str(self._tree().k.dtype)]
+        return TO_TORCH[str(self._facts().k.dtype)]
 
     @property
     def length(self) -> Tensor:
@@ -122,24 +117,6 @@ class RingBuffer(Held):
             wanted = None if dtype is None else as_jax_dtype(call, dtype)
             return cls(rj.RingBuffer.restore(arrays, window, slack=slack, dtype=wanted), owned=True)
 
-    def rollback(self, n: int | Tensor) -> Self:
-        """Takes back the last n tokens, one number for all rows or integers [B], at most `slack`; in place.
-
-        Raises:
-          ValueError, TypeError: as `ringjax.RingBuffer.rollback`; the ring is as it was.
-        """
-        count = as_arrays(n)
-        return self._map(lambda ring: ring.rollback(count))
-
-    def select(self, rows: Tensor | Sequence[int]) -> Self:
-        """Makes row `rows[i]` the new row i; in place: beam search, forks, another batch size.
-
-        Raises:
-          ValueError, TypeError: as `ringjax.RingBuffer.select`.
-        """
-        index = as_arrays(rows)
-        return self._map(lambda ring: ring.select(index))
-
     def insert(self, row: int, other: "RingBuffer") -> Self:
         """Replaces row `row`, and those after it, by the rows of `other`; in place.
 
@@ -149,30 +126,16 @@ class RingBuffer(Held):
         theirs = other._tree() if isinstance(other, RingBuffer) else other
         return self._map(lambda ring: ring.insert(row, theirs))
 
-    def reset(self, rows: Tensor | None = None) -> Self:
-        """Empties rows, those where the bool [B] `rows` is True; None: all; in place.
-
-        Raises:
-          ValueError: as `ringjax.RingBuffer.reset`.
-        """
-        chosen = as_arrays(rows)
-        return self._map(lambda ring: ring.reset(chosen))
-
     def __repr__(self) -> str:
         if self._structure is None:
             return "RingBuffer(released)"
-        tree, grad = self._tree(), ", requires_grad=True" if self.requires_grad else ""
+        tree, grad = self._facts(), ", requires_grad=True" if self.requires_grad else ""
         k = f"{tree.k.dtype}[{', '.join(map(str, tree.k.shape))}]"
         return f"RingBuffer({k}, {self.window}, slack={self.slack}, device={self.device}{grad})"
 
 
 _positions = jax.jit(rj.RingBuffer.positions)
 _export = jax.jit(rj.RingBuffer.export)
-
-
-def as_arrays(x: Any) -> Any:
-    """Integers or bools for a method of ringjax's, which looks at them: on the host."""
-    return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
 
 
 class _Options(NamedTuple):

@@ -7,11 +7,12 @@ the host. On a CPU torch is synchronous, and so is every array that comes from J
 
 Who frees. Either side holds a reference as long as it has an array on the other's memory. On a GPU a reference is not
 enough: torch drops a tensor while its kernels still read it, because its own allocator reuses memory in stream order,
-which JAX's allocator knows nothing of. So a `_Lease` hangs on every tensor made here: when the last view goes, the
+which JAX's allocator knows nothing of. So a `Lease` hangs on every tensor made here: when the last view goes, the
 array stays until JAX has been given a program that waits for the streams which may still read it.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -38,6 +39,8 @@ TO_JAX = {
     torch.uint32: "uint32",
     torch.bool: "bool",
     torch.complex64: "complex64",
+    torch.float8_e4m3fn: "float8_e4m3fn",
+    torch.float8_e5m2: "float8_e5m2",
 }
 """The dtypes that both sides have, whatever jax's `jax_enable_x64`."""
 TO_TORCH = {name: dtype for dtype, name in TO_JAX.items()}
@@ -191,6 +194,11 @@ def _stream(index: int, raw: int) -> Any:
     return torch.cuda.ExternalStream(raw, index) if raw else torch.cuda.default_stream(index)
 
 
+def torch_stream(device: torch.device, raw: int) -> Any:
+    """A stream of a GPU's, by its number."""
+    return _stream(device.index, raw)
+
+
 class _Events(threading.local):
     """One event per thread and device: recorded and waited for at once, it can be used again at once."""
 
@@ -210,7 +218,7 @@ def _tell_jax(device: Any, freed: list[Any] | None) -> int:
     stream, external, event = _events.of[device]
     wait_for = {current_stream(index)}
     if freed is not None:
-        freed += _Lease.take(index)
+        freed += Lease.take(index)
         wait_for = wait_for.union(*(streams for streams, _ in freed))
     for raw in wait_for:
         event.record(_stream(index, raw))
@@ -264,17 +272,17 @@ def view_in_torch(array: jax.Array) -> torch.Tensor:
     raw = current_stream(index)
     # torch's current stream waits for JAX; 1 is DLPack's name of the default stream.
     tensor = torch_dlpack.from_dlpack(array.__dlpack__(stream=raw or 1))  # type: ignore[call-arg]
-    _Lease.on(tensor, array, index, raw)
+    Lease.on(tensor, array, index, raw)
     return tensor
 
 
 def give_back(device: Any, freed: list[Any]) -> None:
     """What `views_in_jax` put into `freed`, if the program was not launched after all."""
     if freed:
-        _Lease.give_back(device.local_hardware_id, freed)
+        Lease.give_back(device.local_hardware_id, freed)
 
 
-class _Lease:
+class Lease:
     """Keeps an array after the tensor's last view has gone, for kernels that torch has launched before.
 
     The array goes to `_returned`, with the streams that may still read it. The next call of the bridge on that device
@@ -293,6 +301,11 @@ class _Lease:
     def on(cls, tensor: torch.Tensor, array: jax.Array, index: int, raw: int) -> None:
         """Hangs a lease on the tensor's storage, which all its views share."""
         tensor.untyped_storage()._torch_bridge_lease = cls(array, index, raw)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def move(tensor: torch.Tensor, raw: int) -> None:
+        """Says that the tensor is used on another stream from now on, which waits for the last one."""
+        tensor.untyped_storage()._torch_bridge_lease.raw = raw  # type: ignore[attr-defined]
 
     @classmethod
     def take(cls, index: int) -> list[Any]:
@@ -358,6 +371,18 @@ def _jax_device(device: torch.device) -> Any:
     except RuntimeError:
         return None
     return next((found for found in devices if found.local_hardware_id == device.index), None)
+
+
+def on_device(device: Any) -> Any:
+    """While tracing, ringjax asks for the default device: this makes it the one that the tensors are on."""
+    if getattr(jax.config, "jax_default_device", None) is None and device is _first_device():
+        return contextlib.nullcontext()
+    return jax.default_device(device)
+
+
+@functools.cache
+def _first_device() -> Any:
+    return jax.local_devices()[0]
 
 
 def torch_device(array: jax.Array) -> torch.device:

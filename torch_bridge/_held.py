@@ -2,29 +2,36 @@
 
 Without gradients a step is one jitted call that is given the rings (donated): XLA writes the new token in place, and
 memory stays as it is. Whoever else was given the same arrays keeps them: then one step copies, and `stats()` says so.
+A step whose kernels torch can launch itself writes to the same memory, which torch then has until JAX is needed again.
 With gradients, keys and values of the rings are torch tensors that torch's tape knows, and a step is a node on it.
 """
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_bridge._dlpack import (
+    Lease,
     as_jax_dtype,
     count_copy,
+    current_stream,
     describe,
     jax_device,
+    on_device,
     torch_device,
+    torch_stream,
     view_in_jax,
     view_in_torch,
 )
-from torch_bridge._ops import on_device, run
+from torch_bridge._launch import find
+from torch_bridge._ops import run
 
 
 class Program:
@@ -64,6 +71,32 @@ class Program:
 @jax.jit
 def _pull(vjp: Any, cotangents: Any) -> Any:
     return vjp(cotangents)
+
+
+# What ringjax does one operation after another, in one call. Outside jit it looks at values, and says what is wrong.
+_selected = jax.jit(lambda held, rows: held.select(rows))
+_emptied = jax.jit(lambda held, rows: held.reset(rows))
+
+
+@jax.jit
+def _rolled_back(held: Any, n: Any) -> tuple[Any, jax.Array]:
+    """The rings, and whether n was wrong for any row: such a row is marked as invalid."""
+    after = held.rollback(n)
+    both = zip(jax.tree.leaves_with_path(held), jax.tree.leaves(after), strict=True)
+    marked = [jnp.any(x != y) for (path, x), y in both if path[-1].name == "written"]
+    return after, jnp.any(jnp.stack(marked))
+
+
+def _on_host(x: Any) -> Any:
+    """Integers or bools for a method of ringjax's."""
+    if isinstance(x, Tensor):
+        return x.detach().cpu().numpy()
+    return np.asarray(x) if isinstance(x, int | list | tuple) and not isinstance(x, bool) else x
+
+
+def _is_integers(x: Any, axes: tuple[int, ...]) -> bool:
+    """Whether x is an array that needs no second look: integers that fit int32."""
+    return isinstance(x, np.ndarray) and x.dtype.kind == "i" and x.ndim in axes and bool((np.abs(x) < 2**31).all())
 
 
 class _Step(torch.autograd.Function):
@@ -155,8 +188,20 @@ class Held:
         # What torch's tape knows: for each float leaf its tensor, or None if no gradient is wanted.
         self._tensors: list[Tensor | None] = [None] * len(self._floats)
         self._owned = owned
+        self._device = torch_device(self._leaves[0])
+        self._signature = self._structure, *[(x.shape, x.dtype) for x in self._leaves]
+        # While torch steps on them: the leaves as tensors, and the stream that wrote to them last.
+        self._lent: list[Tensor] | None = None
+        self._stream = 0
 
     def _tree(self) -> Any:
+        """The rings, for JAX to use."""
+        if self._lent is not None:
+            self._take_back()
+        return self._facts()
+
+    def _facts(self) -> Any:
+        """The rings, for what is static of them: torch may be writing to them."""
         if self._structure is None:
             raise RuntimeError(
                 f"{self._name}: the handle must hold its rings, got one whose rings were released.\n"
@@ -164,26 +209,63 @@ class Held:
             )
         return jax.tree.unflatten(self._structure, self._leaves)
 
+    def _take_back(self) -> None:
+        """Waits, on the host, for what torch has written, and makes arrays of it."""
+        torch_stream(self._device, self._stream).synchronize()
+        self._lent = None
+        # New arrays on the same memory: the old ones may remember what they once held.
+        self._leaves = [jax.make_array_from_single_device_arrays(x.shape, x.sharding, [x]) for x in self._leaves]
+
+    def _launched(self, program: Program, arrays: Any) -> Tensor | None:
+        """The output of a step whose kernels torch launches itself; None: JAX must run it."""
+        if not self._owned or self._device.type != "cuda":
+            return None
+        launched = find(program.donated, arrays, self._facts(), self._signature)
+        given = [x for x in arrays if x is not None]
+        if launched is None or not launched.takes(given):
+            return None
+        if torch.cuda.is_current_stream_capturing():  # of a stream that will never run; its graph's replays will
+            return None if self._lent is None else launched([*self._lent, *given])[0]
+        stream = current_stream(self._device.index)
+        if self._lent is None:
+            self._lent = [view_in_torch(x) for x in self._leaves]  # torch's stream now waits for JAX
+        elif stream != self._stream:
+            torch_stream(self._device, stream).wait_stream(torch_stream(self._device, self._stream))
+            for x in self._lent:
+                Lease.move(x, stream)
+        self._stream = stream
+        return launched([*self._lent, *given])[0]
+
     @property
     def requires_grad(self) -> bool:
         """Whether gradients flow back through the rings to the tokens that were written into them."""
         return any(x is not None for x in self._tensors)
 
     @property
+    def batch(self) -> int:
+        """B: rows."""
+        self._facts()
+        return int(self._leaves[-1].shape[0])
+
+    @property
     def device(self) -> torch.device:
         """Where the rings are."""
-        self._tree()
-        return torch_device(self._leaves[0])
+        self._facts()
+        return self._device
 
     def _step(self, call: str, program: Program, arrays: Any, *, written: Any = None) -> Tensor:
         """Runs a program on the rings and tensors (or None), puts its rings in their place; returns its output.
 
         `written`: indices of the float leaves that are differentiable afterwards; None: all.
         """
-        tree = self._tree()
+        self._facts()
         tracked = torch.is_grad_enabled() and (
             self.requires_grad or any(x is not None and x.requires_grad for x in arrays)
         )
+        if not tracked and (launched := self._launched(program, arrays)) is not None:
+            self._tensors = [None] * len(self._floats)
+            return launched
+        tree = self._tree()
         if not tracked:
             step = program.donated if self._owned else program.kept
             if not self._owned:
@@ -207,11 +289,53 @@ class Held:
         ]
         return out
 
-    def _map(self, f: Callable[[Any], Any]) -> Self:
-        """Replaces the rings by a function of them, in place; no gradient flows through it."""
+    def _map(self, f: Callable[[Any], Any], *, owned: bool = True) -> Self:
+        """Replaces the rings by a function of them, in place; no gradient flows through it.
+
+        `owned`: whether nobody else holds what it returns, which may be a part of what it was given.
+        """
         with on_device(jax_device(self._name, self.device)):
-            self._take(f(self._tree()), owned=True)
+            self._take(f(self._tree()), owned=owned)
         return self
+
+    def rollback(self, n: int | Tensor) -> Self:
+        """Takes back the last n tokens, in place: one number for all rows or integers [B], at most `slack`.
+
+        Of a `BufferState`: the decoder's.
+
+        Raises:
+          ValueError, TypeError: as ringjax's method; the rings are as they were.
+        """
+        count = _on_host(n)
+        if _is_integers(count, axes=(0, 1)):
+            with on_device(jax_device(self._name, self.device)):
+                after, wrong = _rolled_back(self._tree(), count)
+                if not wrong:
+                    self._take(after, owned=self._owned)
+                    return self
+        return self._map(lambda held: held.rollback(count), owned=self._owned)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Self:
+        """Makes row `rows[i]` the new row i; in place: beam search, forks, another batch size.
+
+        Raises:
+          ValueError, TypeError: as ringjax's method.
+        """
+        index = _on_host(rows)
+        if _is_integers(index, axes=(1,)) and index.size and index.min() >= 0 and index.max() < self.batch:
+            return self._map(lambda held: _selected(held, index))
+        return self._map(lambda held: held.select(index))
+
+    def reset(self, rows: Tensor | None = None) -> Self:
+        """Empties rows, those where the bool [B] `rows` is True; None: all; in place.
+
+        Raises:
+          ValueError: as ringjax's method.
+        """
+        chosen = _on_host(rows)
+        if chosen is None or str(getattr(chosen, "dtype", None)) == "bool":
+            return self._map(lambda held: _emptied(held, chosen), owned=self._owned)
+        return self._map(lambda held: held.reset(chosen))
 
     def to_jax(self) -> Any:
         """The rings as ringjax has them, on the same memory.

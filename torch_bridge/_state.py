@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 import ringjax as rj
 from torch_bridge._arguments import autocast, bucketed, check_floats, row_integers
-from torch_bridge._buffer import as_arrays, check_on, token_lengths
+from torch_bridge._buffer import check_on, token_lengths
 from torch_bridge._dlpack import as_jax_dtype, jax_device, view_in_torch
 from torch_bridge._held import Held, Program
 
@@ -34,35 +34,12 @@ class BufferState(Held):
     @property
     def config(self) -> rj.RingBufferConfig:
         """Sizes and options."""
-        return self._tree().config
-
-    @property
-    def batch(self) -> int:
-        """B: rows."""
-        return int(self._tree().last_calculated.shape[0])
+        return self._facts().config
 
     @property
     def last_calculated(self) -> Tensor:
         """int32 [B]: the decoder's last position whose output exists; -1 at the start. A copy."""
         return view_in_torch(self._tree().last_calculated).clone()
-
-    def select(self, rows: Tensor | Sequence[int]) -> Self:
-        """Makes row `rows[i]` the new row i; in place.
-
-        Raises:
-          ValueError, TypeError: as `ringjax.BufferState.select`.
-        """
-        index = as_arrays(rows)
-        return self._map(lambda state: state.select(index))
-
-    def rollback(self, n: int | Tensor) -> Self:
-        """Takes back the decoder's last n positions, at most `slack`; in place.
-
-        Raises:
-          ValueError, TypeError: as `ringjax.BufferState.rollback`; the state is as it was.
-        """
-        count = as_arrays(n)
-        return self._map(lambda state: state.rollback(count))
 
     def _positions(self) -> tuple[np.ndarray, np.ndarray]:
         if self._seen is None:
@@ -72,7 +49,7 @@ class BufferState(Held):
 
     def _writes(self, ring: str) -> tuple[int, ...]:
         """Which float leaves are the keys and values of a ring."""
-        paths, _ = jax.tree.flatten_with_path(self._tree())
+        paths, _ = jax.tree.flatten_with_path(self._facts())
         return tuple(i for i in self._floats if paths[i][0][0].name == ring)
 
     def __repr__(self) -> str:

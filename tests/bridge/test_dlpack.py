@@ -165,7 +165,7 @@ def test_jax_has_read_what_torch_overwrites_next(monkeypatch):
 
 
 def test_an_array_stays_until_jax_waits_for_torchs_streams(monkeypatch):
-    """On a GPU the last view goes while kernels still read it. Here the streams, 7 and 8, are played."""
+    """On a GPU the last view goes while kernels still read it. Here the streams, 7, then 6, and 8, are played."""
     current = [7]
     monkeypatch.setattr(_dlpack, "current_stream", lambda index: current[0])
     waited = []
@@ -190,12 +190,13 @@ def test_an_array_stays_until_jax_waits_for_torchs_streams(monkeypatch):
     array = Array()
     alive = weakref.ref(array)
     tensor = torch.zeros(8)
-    _dlpack._Lease.on(tensor, array, 3, 7)
+    _dlpack.Lease.on(tensor, array, 3, 7)
     del array
+    _dlpack.Lease.move(tensor, 6)
     view, graph = tensor[2:], (tensor.requires_grad_() * tensor).sum()
     del tensor, view
     gc.collect()
-    assert not _dlpack._Lease._returned[3]  # the tape still holds it
+    assert not _dlpack.Lease._returned[3]  # the tape still holds it
     current[0] = 8
     del graph
     gc.collect()
@@ -205,12 +206,12 @@ def test_an_array_stays_until_jax_waits_for_torchs_streams(monkeypatch):
     assert waited == [(3, 5), "JAX waits"]
     freed = []
     assert _dlpack._tell_jax(device, freed) == 99
-    assert sorted(x for x in waited[2:] if x != "JAX waits") == [(3, 5), (3, 7), (3, 8)]
+    assert sorted(x for x in waited[2:] if x != "JAX waits") == [(3, 5), (3, 6), (3, 8)]
     _dlpack.give_back(device, freed)  # the program was not launched
     del freed
     gc.collect()
     assert alive() is not None
-    assert len(_dlpack._Lease.take(3)) == 1
+    assert len(_dlpack.Lease.take(3)) == 1
     gc.collect()
     assert alive() is None
 

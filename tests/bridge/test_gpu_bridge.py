@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 from bridge import dense  # noqa: E402 (torch may be missing)
 
 import torch_bridge as tb  # noqa: E402
-from torch_bridge import _dlpack  # noqa: E402
+from torch_bridge import _dlpack, _held, _launch, _ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 B, N, K, H = 2, 4, 2, 64
@@ -31,6 +32,20 @@ def cuda(numpy_promotion):
     tb.reset_stats()
     yield
     torch.cuda.synchronize()
+
+
+@pytest.fixture(params=["torch launches", "JAX runs"])
+def way(request, monkeypatch):
+    """Both ways of a call in 16 bits."""
+    if request.param == "JAX runs":
+        by_jax(monkeypatch)
+    return request.param
+
+
+def by_jax(monkeypatch):
+    """Every call through JAX's runtime."""
+    for module in (_ops, _held):
+        monkeypatch.setattr(module, "find", lambda *_: None)
 
 
 def tokens(length, dtype=torch.float32, seed=0):
@@ -54,7 +69,7 @@ def test_both_ways_on_one_memory(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_numbers_are_ringjaxs_and_gradients_exact(dtype):
+def test_numbers_are_ringjaxs_and_gradients_exact(dtype, way):
     q, k, v = (x.requires_grad_() for x in tokens(160, dtype))
     out, lse = tb.attention(q, k, v, WINDOW, return_lse=True)
     native = jax.jit(lambda q, k, v: rj.attention(q, k, v, WINDOW, return_lse=True))
@@ -94,12 +109,13 @@ def two_streams(calls):
     return max(float(x) for x in worst)
 
 
-def test_a_thousand_calls_on_two_streams():
+def test_a_thousand_calls_on_two_streams(way):
     assert two_streams(4) < 0.5
     assert two_streams(1000) < 0.5  # bf16's rounding of 64 is 0.25
 
 
 def test_without_waiting_for_torch_it_would_be_wrong(monkeypatch):
+    by_jax(monkeypatch)
     assert two_streams(4) < 0.5
     monkeypatch.setattr(torch.cuda.ExternalStream, "wait_event", lambda self, event: None)
     assert not two_streams(100) < 0.5
@@ -162,9 +178,10 @@ def test_nothing_is_freed_that_jax_still_reads():
     del others
 
 
-def test_stream_equals_batch_and_rings_change_hands():
-    made = tokens(160)
-    ring = tb.RingBuffer.empty(B, K, H, WINDOW, dtype=torch.float32, device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stream_equals_batch_and_rings_change_hands(dtype, way):
+    made = tokens(160, dtype)
+    ring = tb.RingBuffer.empty(B, K, H, WINDOW, dtype=dtype, device="cuda")
     outs = []
     for start, stop in ((0, 100), (100, 101), (101, 102), (102, 103)):
         outs.append(tb.attend(*(x[:, start:stop].contiguous() for x in made), ring)[0])
@@ -175,12 +192,78 @@ def test_stream_equals_batch_and_rings_change_hands():
     assert ring._tree().k.unsafe_buffer_pointer() == where
     assert ring.device.type == "cuda"
     exact = dense.attention(*made, dense.causal(160, 160, 48, 2).cuda())[0][:, :103]
-    assert float((torch.cat(outs, dim=1).double() - exact).norm() / exact.norm()) < 2e-3
+    error = float((torch.cat(outs, dim=1).double() - exact).norm() / exact.norm())
+    assert error < (1e-2 if dtype == torch.bfloat16 else 2e-3)
     assert tb.stats().copies == 0
     assert ring.to("cpu").device.type == "cpu"
 
 
-def test_memory_is_flat_over_100_000_steps():
+def test_a_ring_goes_back_and_forth_between_torch_and_jax(monkeypatch):
+    """torch writes to JAX's memory: whatever JAX is asked afterwards must know, on any stream, whatever it knew before.
+
+    The same steps, all of them through JAX, are what it must equal.
+    """
+    made, other = tokens(70, torch.bfloat16), torch.cuda.Stream()
+
+    def steps():
+        ring, seen = tb.RingBuffer.empty(B, K, H, WINDOW, slack=3, device="cuda"), []
+        for t in range(66):
+            one = [x[:, t : t + 1].contiguous() for x in made]
+            if t % 16 == 15:  # the other stream is behind, and still writes when this one reads on
+                other.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(other):
+                    torch.cuda._sleep(LONG)
+                    seen.append(tb.attend(*one, ring)[0])
+                torch.cuda.current_stream().wait_stream(other)
+            else:
+                seen.append(tb.attend(*one, ring)[0])
+            if t % 16 == 8:
+                seen += [ring.length.clone(), ring.positions()]
+                ring.rollback(2)
+                seen += [np.asarray(x) for x in jax.tree.leaves(jax.device_get(ring._tree()))[2:]]
+            if t % 16 == 11:
+                kept, clone = ring.to_jax(), ring.clone()
+                before = np.array(kept.k).astype(np.float32)
+                tb.attend(*one, ring)  # and this step must not write to what was lent
+                assert np.array_equal(np.array(kept.k).astype(np.float32), before)
+                tb.attend(*one, clone)
+                seen += [ring.state_dict()["k"], clone.state_dict()["k"]]
+            if t == 50:
+                ring = pickle.loads(pickle.dumps(ring))
+        return [x.cpu() if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x)) for x in seen]
+
+    launches = []
+    plain = _launch.Launched.__call__
+    monkeypatch.setattr(_launch.Launched, "__call__", lambda self, x: launches.append(1) or plain(self, x))
+    found = steps()
+    assert len(launches) > 60
+    by_jax(monkeypatch)
+    for a, b in zip(found, steps(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torch_launches_what_jax_would(monkeypatch):
+    """Odd lengths, both sides, lse and gradients: the same to the bit, and XLA's sums apart from the last one."""
+    cases = [
+        (160, WINDOW, {}),
+        (256, rj.Window(30, 10), {"softcap": 20.0}),
+        (131, WINDOW, {"sink_logits": torch.randn(N, device="cuda")}),
+    ]
+    for length, window, options in cases:
+        q, k, v = (x.requires_grad_() for x in tokens(length, torch.bfloat16, seed=length))
+        found = []
+        for _ in range(2):
+            out, lse = tb.attention(q, k, v, window, return_lse=True, **options)
+            found.append((out, lse, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
+            by_jax(monkeypatch)
+        monkeypatch.undo()
+        (out, lse, *mine), (jax_out, jax_lse, *theirs) = found
+        assert torch.equal(out, jax_out) and torch.equal(lse, jax_lse)
+        for a, b in zip(mine, theirs, strict=True):
+            assert float((a.double() - b.double()).norm() / b.double().norm()) < 3e-3
+
+
+def test_memory_is_flat_over_100_000_steps(way):
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -201,7 +284,7 @@ def test_memory_is_flat_over_100_000_steps():
     assert after[1] == before[1]
     assert after[2] - before[2] < 32 * 2**20
     assert ring.length.tolist() == [100_000] * B
-    assert len(_dlpack._Lease._returned[0]) < 10
+    assert len(_dlpack.Lease._returned[0]) < 10
 
 
 def test_the_snippet_with_cuda():
@@ -248,8 +331,44 @@ def test_cpu_tensors_still_work_where_jax_prefers_the_gpu():
     torch.testing.assert_close(out, dense.attention(*made, dense.causal(20, 20, 48, 2))[0].float())
 
 
-def test_a_cuda_graph_cannot_capture_jax():
+def test_a_cuda_graph_captures_what_torch_launches():
     q, k, v = tokens(160, torch.bfloat16)
+    tb.attention(q, k, v, WINDOW)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tb.attention(q, k, v, WINDOW)
+    v.fill_(3.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bool((out == 3.0).all())
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_cuda_graph_captures_a_decoding_step():
+    """Its replays go on where the ring is, each with what the inputs hold then."""
+    made = tokens(80, torch.bfloat16)
+    rings = [tb.RingBuffer.empty(B, K, H, WINDOW, device="cuda") for _ in range(2)]
+    static = [x[:, :1].contiguous() for x in made]
+    for ring in rings:
+        tb.attend(*static, ring)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = tb.attend(*static, rings[0])
+    for t in range(1, 80):
+        for x, new in zip(static, made, strict=True):
+            x.copy_(new[:, t : t + 1])
+        graph.replay()
+        assert torch.equal(out, tb.attend(*static, rings[1])[0])
+    assert rings[0].length.tolist() == rings[1].length.tolist() == [80] * B
+    empty = tb.RingBuffer.empty(B, K, H, WINDOW, device="cuda")
+    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        tb.attend(*static, empty)  # its memory is still JAX's: take a step first
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_cuda_graph_cannot_capture_jax():
+    q, k, v = tokens(160)
     tb.attention(q, k, v, WINDOW)
     torch.cuda.synchronize()
     graph = torch.cuda.graph(torch.cuda.CUDAGraph())

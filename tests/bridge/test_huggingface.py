@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", exc_type=ImportError)
 
 import tiny_transformers as tiny  # noqa: E402
 
-from torch_bridge.huggingface import RingCache  # noqa: E402
+from torch_bridge.huggingface import RingCache, register  # noqa: E402
 
 PADDED = {
     "none": None,
@@ -19,14 +19,18 @@ PADDED = {
 }
 
 
+def padded(side):
+    return None if PADDED[side] is None else PADDED[side].to(tiny.DEVICE)
+
+
 LOGITS = [*((kind, "none") for kind in tiny.KINDS), *(("mistral", side) for side in PADDED if side != "none")]
 LOGITS.append(("gemma3", "left"))
 
 
-@pytest.mark.parametrize(("kind", "padded"), LOGITS)
-def test_logits(kind, padded):
+@pytest.mark.parametrize(("kind", "side"), LOGITS)
+def test_logits(kind, side):
     eager, ours = tiny.pair(kind)
-    mask = PADDED[padded]
+    mask = padded(side)
     real = torch.ones(2, 11, dtype=torch.bool) if mask is None else mask.bool()
     with torch.no_grad():
         a, b = (model(tiny.tokens(2, 11), attention_mask=mask).logits[real] for model in (ours, eager))
@@ -47,7 +51,7 @@ def test_packed_sequences(kind):
     eager, ours = tiny.pair(kind)
     inputs = {
         "input_ids": tiny.tokens(2, 11),
-        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 1]] * 2),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 1]] * 2, device=tiny.DEVICE),
         "use_cache": False,
     }
     with torch.no_grad():
@@ -62,7 +66,7 @@ def test_gradients(kind):
     """Of every parameter; right padding has no label."""
     models = [copy.deepcopy(model) for model in tiny.pair(kind)]
     models.append(copy.deepcopy(models[0]).double())
-    ids, mask = tiny.tokens(2, 11), PADDED["right"]
+    ids, mask = tiny.tokens(2, 11), padded("right")
     for model in models:
         model(input_ids=ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100)).loss.backward()
     eager, ours, exact = (dict(model.named_parameters()) for model in models)
@@ -81,12 +85,13 @@ def test_bidirectional_windows():
         bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1,
     )  # fmt: skip
     assert config.layer_types == ["full_attention", "sliding_attention"]
+    register()
     eager, ours = (
-        transformers.ModernBertModel._from_config(config, attn_implementation=name).eval()
+        transformers.ModernBertModel._from_config(config, attn_implementation=name).eval().to(tiny.DEVICE)
         for name in ("eager", "ringjax")
     )
     ours.load_state_dict(eager.state_dict())
-    mask = PADDED["right"]
+    mask = padded("right")
     for attention_mask in (None, mask):
         with torch.no_grad():
             a, b = (m(tiny.tokens(2, 11), attention_mask=attention_mask).last_hidden_state for m in (eager, ours))
@@ -128,7 +133,7 @@ def generate(model, cache, how, prompt):
     torch.manual_seed(5)
     options = {"max_new_tokens": 8, "do_sample": False} | how | CACHES[cache](model)
     with torch.no_grad():
-        return model.generate(**PROMPTS[prompt], **options)
+        return model.generate(**{name: x.to(tiny.DEVICE) for name, x in PROMPTS[prompt].items()}, **options)
 
 
 @pytest.mark.parametrize(("how", "cache", "prompt"), RUNS)

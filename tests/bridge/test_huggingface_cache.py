@@ -82,7 +82,8 @@ def test_crop_of_padding():
     """transformers counts padding: taking back n tokens takes back the real ones among the last n."""
     eager, ours = tiny.pair("mistral")
     cache = RingCache(ours.config, slack=SLACK)
-    before, real = torch.ones(2, 9, dtype=torch.long), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    before = torch.ones(2, 9, dtype=torch.long, device=tiny.DEVICE)
+    real = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], device=tiny.DEVICE)
     feed(ours, cache, IDS[:, :9])
     feed(ours, cache, tiny.tokens(2, 4, seed=9), real, before)
     assert cache.layers[0].buffer.length.tolist() == [11, 13]

@@ -199,3 +199,19 @@ def test_modules_are_copied_moved_and_saved():
     assert half.sink_logits.dtype == torch.bfloat16
     assert list(RingBufferAttention(SMALL).state_dict()) == []
     assert "num_heads=4" in repr(model) and "buffer_size=5" in repr(model)
+
+
+def test_a_quantised_forward_ring():
+    """`forward_dtype`, as every field of ringjax's config: kept in 8 bits, saved and loaded as they are."""
+    config = RingBufferConfig(buffer_size=5, sinks=1, slack=2, forward_dtype="float8_e4m3fn")
+    model = RingBufferAttention(config).eval()
+    encoder, decoder = tokens(12), tokens(1, seed=1)
+    with torch.no_grad():
+        _, state = model(*encoder)
+        saved = state.state_dict()
+        out = model(*decoder, position=0, is_decoder=True, buffer_state=state)
+    assert saved["forward.k"].dtype == torch.float8_e4m3fn and saved["backward.k"].dtype == torch.float32
+    exact = union(decoder, encoder[1:], config, 12)
+    assert 0 < (out - exact).abs().max() < 0.1
+    again = model.init_state(B, kv_heads=K, head_dim=H, dtype=torch.float32).load_state_dict(saved)
+    assert torch.equal(model(*decoder, position=0, is_decoder=True, buffer_state=again), out)

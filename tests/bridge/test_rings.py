@@ -202,6 +202,46 @@ def test_rollback_select_insert_and_reset_in_place():
     assert bool((ring.positions() == -1).all())
 
 
+@pytest.mark.parametrize("change", ["rollback", "reset"])
+def test_what_was_lent_stays_as_it_is_through_changes(change):
+    """Rollback and reset keep the keys where they are: in memory that somebody else reads."""
+    made, ring = tokens(), empty()
+    stream(made, CUTS[:5], ring)
+    lent = ring.to_jax()
+    before = [np.array(x) for x in jax.tree.leaves(lent)]
+    ring.rollback(1) if change == "rollback" else ring.reset()
+    stream(made, (13, 14, 15), ring)
+    for old, leaf in zip(before, jax.tree.leaves(lent), strict=True):
+        assert np.array_equal(old, np.asarray(leaf))
+
+
+def test_changes_of_a_state():
+    """Rows and the decoder's positions, as ringjax's own methods change them; wrong numbers change nothing."""
+    made, config = tokens(), tb.RingBufferConfig(buffer_size=8, slack=2)
+    state = tb.init_state(config, B, kv_heads=made[1].shape[2], head_dim=made[1].shape[3], dtype=torch.float32)
+    tb.encode(*made, state)
+    for t in range(4):
+        tb.decode(*(x[:, t : t + 1].contiguous() for x in made), state)
+    native = state.clone().release()
+    changes = [
+        lambda x: x.rollback(2),
+        lambda x: x.select(np.array([1, 0, 1])),
+        lambda x: x.reset(np.array([False, True, False])),
+    ]
+    for change in changes:
+        with pytest.raises(ValueError, match="n must be between 0 and the slack"):
+            state.rollback(3)
+        change(state)
+        native = change(native)
+        for a, b in zip(jax.tree.leaves(state.clone().release()), jax.tree.leaves(native), strict=True):
+            assert np.array_equal(np.asarray(a), np.asarray(b))
+    assert state.last_calculated.tolist() == [1, -1, 1]
+    with pytest.raises(ValueError, match="rows must be between 0 and 2"):
+        state.select(torch.tensor([3]))
+    with pytest.raises(ValueError, match="n must fit int32"):
+        state.rollback(torch.tensor(2**40))
+
+
 def test_export_and_restore_change_the_capacity():
     made, ring = tokens(), empty()
     stream(made, CUTS[:5], ring)

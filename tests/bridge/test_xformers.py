@@ -13,27 +13,29 @@ import torch_bridge  # noqa: E402
 from torch_bridge.xformers import OP, BwOp, FwOp  # noqa: E402
 
 masks = fmha.attn_bias
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")  # test_gpu_xformers.py runs these tests on another
 Q, K, ROOM = (3, 1, 2), (6, 2, 4), 6  # lengths of three blocks, few shapes: each is compiled, forward and backward
 HEADS, DIM, VALUE_DIM = 4, 8, 8
 
 
 def blocks(queries=Q, keys=K):
-    return masks.BlockDiagonalMask.from_seqlens(list(queries), list(keys), device=CPU)
+    return masks.BlockDiagonalMask.from_seqlens(list(queries), list(keys), device=DEVICE)
 
 
 def padded(kind, *window, queries=Q, keys=K, room=ROOM):
-    mask = masks.BlockDiagonalPaddedKeysMask.from_seqlens(list(queries), room, list(keys), device=CPU)
+    mask = masks.BlockDiagonalPaddedKeysMask.from_seqlens(list(queries), room, list(keys), device=DEVICE)
     return getattr(masks, kind)(mask.q_seqinfo, mask.k_seqinfo, *window)
 
 
 def gappy(kind):
-    return getattr(masks, kind).from_seqlens(list(Q), [1, 6, 9, 14], list(K), device=CPU)  # the first two share a key
+    return getattr(masks, kind).from_seqlens(
+        list(Q), [1, 6, 9, 14], list(K), device=DEVICE
+    )  # the first two share a key
 
 
 def paged(kind):
-    tables = torch.tensor([[4, 1], [5, 0], [2, 3]], dtype=torch.int32)
-    return getattr(masks, kind).from_seqlens(list(Q), list(K), tables, 3, device=CPU)
+    tables = torch.tensor([[4, 1], [5, 0], [2, 3]], dtype=torch.int32, device=DEVICE)
+    return getattr(masks, kind).from_seqlens(list(Q), list(K), tables, 3, device=DEVICE)
 
 
 MASKS = {
@@ -71,13 +73,13 @@ def tensors(mask, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     batch, queries, keys = sizes(mask)
     shapes = [(queries, DIM), (keys, DIM), (keys, VALUE_DIM), (queries, VALUE_DIM)]
-    return [torch.randn(batch, n, HEADS, h, generator=generator).to(dtype) for n, h in shapes]
+    return [torch.randn(batch, n, HEADS, h, generator=generator).to(DEVICE, dtype) for n, h in shapes]
 
 
 def seen(mask, queries, keys):
     if mask is None:
-        return torch.ones(queries, keys, dtype=torch.bool)
-    return mask.materialize((queries, keys)).exp().bool()
+        return torch.ones(queries, keys, dtype=torch.bool, device=DEVICE)
+    return mask.materialize((queries, keys), device=DEVICE).exp().bool()
 
 
 def dense(q, k, v, mask, dtype):
@@ -85,9 +87,9 @@ def dense(q, k, v, mask, dtype):
     q, k, v = (x.to(dtype) for x in (q, k, v))
     pairs = seen(mask, q.shape[1], k.shape[1])
     logits = torch.einsum("bqnh,bknh->bnqk", q, k) * q.shape[-1] ** -0.5
-    logits = torch.where(pairs, logits, torch.tensor(-torch.inf, dtype=dtype))
+    logits = torch.where(pairs, logits, torch.tensor(-torch.inf, dtype=dtype, device=DEVICE))
     weights = torch.where(pairs.any(-1, keepdim=True), logits, 0.0).softmax(-1)
-    weights = torch.where(pairs, weights, torch.zeros((), dtype=dtype))
+    weights = torch.where(pairs, weights, torch.zeros((), dtype=dtype, device=DEVICE))
     return torch.einsum("bnqk,bknh->bqnh", weights, v), logits.logsumexp(-1)
 
 
@@ -98,7 +100,7 @@ def gradients(function, leaves, g):
 
 
 def compare(got, exact, plain, what):
-    got, exact, plain = (x.detach().double().numpy() for x in (got, exact, plain))
+    got, exact, plain = (x.detach().double().cpu().numpy() for x in (got, exact, plain))
     cases.assert_close(got.astype(np.float32), exact, plain, what)
 
 
@@ -123,7 +125,7 @@ def test_the_same_numbers_as_ringjax_to_the_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_on_a_cpu(dtype):
+def test_half_precision_runs_everywhere(dtype):
     mask = MASKS["padded-causal"]()
     q, k, v, _ = tensors(mask, dtype)
     out = fmha.memory_efficient_attention(q, k, v, attn_bias=mask, op=OP)
@@ -173,8 +175,9 @@ def test_rows_that_see_nothing():
 
 
 def test_no_keys_and_no_queries():
-    empty = masks.BlockDiagonalMask.from_seqlens([2, 1], [0, 0], device=CPU)
-    q, k, v = torch.ones(1, 3, 2, 8, requires_grad=True), torch.ones(1, 0, 2, 8), torch.ones(1, 0, 2, 8)
+    empty = masks.BlockDiagonalMask.from_seqlens([2, 1], [0, 0], device=DEVICE)
+    q = torch.ones(1, 3, 2, 8, device=DEVICE, requires_grad=True)
+    k, v = (torch.ones(1, 0, 2, 8, device=DEVICE) for _ in range(2))
     out = fmha.memory_efficient_attention(q, k, v, attn_bias=empty, op=OP)
     (dq,) = torch.autograd.grad(out.sum(), q)
     assert out.shape == (1, 3, 2, 8) and not out.any() and not dq.any()
@@ -251,9 +254,9 @@ def test_multi_query_gradients():
 
 def test_packed_qkv():
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(2, 6, 3, HEADS, DIM, generator=generator)
+    packed = torch.randn(2, 6, 3, HEADS, DIM, generator=generator).to(DEVICE)
     mask = masks.LowerTriangularMask()  # sees the first 6 keys only, as above
-    g = torch.randn(2, 6, HEADS, DIM, generator=generator)
+    g = torch.randn(2, 6, HEADS, DIM, generator=generator).to(DEVICE)
     ours = gradients(lambda x: fmha.memory_efficient_attention(*x.unbind(2), attn_bias=mask, op=OP), [packed], g)
     exact = gradients(lambda x: dense(*x.unbind(2), mask, torch.float64)[0], [packed], g)
     for a, b in zip(ours, exact, strict=True):

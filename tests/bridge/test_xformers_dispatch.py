@@ -12,14 +12,14 @@ if not hasattr(fmha, "memory_efficient_attention"):
 from torch_bridge.xformers import OP, FwOp, dispatch  # noqa: E402
 
 masks = fmha.attn_bias
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")  # test_gpu_xformers.py runs some of these tests on another
 chooser = fmha.dispatch._run_priority_list
 WINDOW, ROWS, HEADS, DIM = 4, 3, 2, 8
 
 
 def qkv(queries=5, keys=5):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, n, HEADS, DIM, generator=generator) for n in (queries, keys, keys)]
+    return [torch.randn(1, n, HEADS, DIM, generator=generator).to(DEVICE) for n in (queries, keys, keys)]
 
 
 def test_nothing_changes_unless_asked_for():
@@ -96,8 +96,8 @@ class Ring:
     """A cache as mistral-inference keeps it: token p of a row in slot p % WINDOW, its slots never in order again."""
 
     def __init__(self):
-        self.k = torch.full((ROWS, WINDOW, HEADS, DIM), torch.nan)
-        self.v = torch.full((ROWS, WINDOW, HEADS, DIM), torch.nan)
+        self.k = torch.full((ROWS, WINDOW, HEADS, DIM), torch.nan, device=DEVICE)
+        self.v = torch.full((ROWS, WINDOW, HEADS, DIM), torch.nan, device=DEVICE)
         self.lengths = [0] * ROWS
 
     def unrotated(self, x, row):
@@ -119,11 +119,11 @@ class Ring:
         if max(chunk) == 1:
             self.write(k, v, chunk)
             mask = masks.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-                q_seqlen=chunk, kv_padding=WINDOW, kv_seqlen=[min(n, WINDOW) for n in self.lengths], device=CPU
+                q_seqlen=chunk, kv_padding=WINDOW, kv_seqlen=[min(n, WINDOW) for n in self.lengths], device=DEVICE
             )
             return fmha.memory_efficient_attention(q, self.k.flatten(0, 1)[None], self.v.flatten(0, 1)[None], mask)
         if not any(self.lengths):
-            mask = masks.BlockDiagonalCausalMask.from_seqlens(chunk, device=CPU).make_local_attention(WINDOW)
+            mask = masks.BlockDiagonalCausalMask.from_seqlens(chunk, device=DEVICE).make_local_attention(WINDOW)
             out = fmha.memory_efficient_attention(q, k, v, mask)
         else:
             held = [min(n, WINDOW) for n in self.lengths]
@@ -132,7 +132,7 @@ class Ring:
                 for store, new in ((self.k, k[0].split(chunk)), (self.v, v[0].split(chunk)))
             ]
             mask = masks.BlockDiagonalMask.from_seqlens(
-                chunk, [a + b for a, b in zip(chunk, held, strict=True)], device=CPU
+                chunk, [a + b for a, b in zip(chunk, held, strict=True)], device=DEVICE
             ).make_local_attention_from_bottomright(WINDOW)
             out = fmha.memory_efficient_attention(q, *both, mask)
         self.write(k, v, chunk)
@@ -145,7 +145,7 @@ def test_mistral_inference_decodes_over_its_ring():
     ring, history = Ring(), [[], [], []]
     with dispatch():
         for chunk in ([5, 7, 2], [3, 1, 6], [1] * 3, [1] * 3, [9, 2, 1], [1] * 3):
-            q, k, v = (torch.randn(1, sum(chunk), HEADS, DIM, generator=generator) for _ in range(3))
+            q, k, v = (torch.randn(1, sum(chunk), HEADS, DIM, generator=generator).to(DEVICE) for _ in range(3))
             out = ring.attend(q, k, v, chunk)
             for row, new in enumerate(zip(*(x[0].split(chunk) for x in (q, k, v, out)), strict=True)):
                 mine, k_new, v_new, got = new

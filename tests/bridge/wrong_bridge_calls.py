@@ -48,9 +48,9 @@ CROSSING = [
         "to_torch: array must be a jax array, got DynamicJaxprTracer.",
     ),
     Wrong(
-        lambda x: tb.to_torch(jnp.ones(3, jnp.float8_e4m3fn)),
+        lambda x: tb.to_torch(jnp.ones(3, jnp.float8_e4m3b11fnuz)),
         TypeError,
-        "to_torch: array must have a dtype of torch's, got float8_e4m3fn.",
+        "to_torch: array must have a dtype of torch's, got float8_e4m3b11fnuz.",
     ),
 ]
 
@@ -135,7 +135,7 @@ ATTENTION = [
     Wrong(
         lambda x: tb.attention(x.q, x.k, x.v, x.window, implementation="flash"),
         ValueError,
-        "attention: implementation must be one of 'mosaic', 'xla' or None, got 'flash'.",
+        "attention: implementation must be one of 'mosaic', 'cudnn', 'xla' or None, got 'flash'.",
     ),
     Wrong(
         lambda x: tb.attention(x.q, x.k, x.v, x.window, config="small"),
