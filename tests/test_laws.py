@@ -16,7 +16,8 @@
 | 12 T != S aligns bottom-right | here |
 | 13 within twice the error of plain attention | test_attention.py, and everywhere `cases.assert_close` |
 
-Equal means equal but for four roundings of the largest element to float32, the floor of law 13, unless said otherwise.
+Equal means equal but for sixteen roundings of the largest element to float32, unless said otherwise: logits reach 16
+here, and the rounding of one moves its weight by as many.
 """
 
 import cases
@@ -52,7 +53,7 @@ def same(a, b):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         np.testing.assert_array_equal(np.isneginf(x), np.isneginf(y))
         x, y = (np.where(np.isneginf(z), 0, z) for z in (x, y))
-        atol = 8 * float(np.finfo(np.float32).eps) * max(1.0, np.abs(x).max(initial=0))
+        atol = 16 * float(np.finfo(np.float32).eps) * max(1.0, np.abs(x).max(initial=0))
         np.testing.assert_allclose(x, y, rtol=0, atol=atol)
 
 
