@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import flash3, gpu_attention, gpu_rows, gpu_tables, ptxas, report, timing
+import ringjax as rj
+from benchmarks import flash3, gpu_attention, gpu_chunks, gpu_rows, gpu_tables, ptxas, report, timing
 from benchmarks.gpu_attention import Candidate
 from benchmarks.gpu_rows import Row
 
@@ -246,3 +247,19 @@ ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 )
 def test_a_kernel_that_spills_fails(reports, kernels, said):
     assert str(ptxas.judge(reports, kernels)) == said
+
+
+def test_chunks_are_checked_before_they_are_timed(capsys):
+    """Right ones have a figure, and a chunk that sees one key too many has none."""
+    chunk = gpu_chunks.Chunk(t=40, b=2, n=2, k=1, h=16, w=100)
+
+    def candidates(chunk, q, k, v):
+        wider = jax.jit(partial(rj.attention, window=rj.Window.causal(chunk.w + 1)))
+        return gpu_chunks.candidates(chunk, q, k, v) | {"wider": partial(wider, q, k, v)}
+
+    assert not gpu_chunks.measure(chunk, batches=1, batch_s=0.01, candidates=candidates)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert sorted(line[2] for line in lines if "REFUSED" not in line[3]) == sorted(
+        ["attend", "attend by xla", "attention to the same pairs"]
+    )
+    assert [line[2] for line in lines if "REFUSED" in line[3]] == ["wider"]
