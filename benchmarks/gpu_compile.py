@@ -24,7 +24,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.ptxas import judge
+from benchmarks.ptxas import ALLOWED, judge
 from ringjax import Window
 from ringjax._kernels import cudnn, mosaic
 from ringjax._kernels.problem import Problem, Rows
@@ -193,6 +193,9 @@ def count_cudnn(mesh, q_spec, kv_spec, part):
     return [sum(f'"__cudnn$fmhaSoftmax{which}"' in line for line in launches) for which in ("", "Backward")]
 
 
+# Where more bytes pass: the backward at head size 256 with a softcap, segments and both sides, all at once.
+MORE = {"256 all": 112}
+
 KINDS = ((compile_linear, LINEAR), (compile_chunk, CHUNK), (compile_decode, DECODE))
 
 
@@ -208,7 +211,8 @@ def main(names):
             reasons = mosaic.unsupported(problem)
             assert not reasons, f"{name}: {'; '.join(reasons)}"
             lowered.compile()
-            verdict = judge([path.read_text(errors="ignore") for path in sorted(DUMP.rglob("*ptxas*"))], kernels)
+            reports = [path.read_text(errors="ignore") for path in sorted(DUMP.rglob("*ptxas*"))]
+            verdict = judge(reports, kernels, MORE.get(name, ALLOWED))
             for path in DUMP.rglob("*"):
                 path.unlink()
             failed += [name] if verdict.wrong else []
