@@ -93,9 +93,7 @@ def chunked(size, every=None):
     return jax.jit(rj.chunked_value_and_grad(loss, chunk_size=size, truncate_every=every))
 
 
-@pytest.mark.parametrize(
-    "size", sorted({1, 3, STREAM, STREAM + 9, *np.random.default_rng(0).integers(4, 16, 1).tolist()})
-)
+@pytest.mark.parametrize("size", [1, 3, 14, STREAM + 9])
 def test_gradient_of_the_whole_stream(size):
     """Law 10: any chunk length, shorter and longer than windows; ragged rows; sinks."""
     for seed in range(40):
