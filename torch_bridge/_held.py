@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ringjax as rj
 from torch_bridge._dlpack import (
     Lease,
     as_jax_dtype,
@@ -80,11 +81,11 @@ _emptied = jax.jit(lambda held, rows: held.reset(rows))
 
 @jax.jit
 def _rolled_back(held: Any, n: Any) -> tuple[Any, jax.Array]:
-    """The rings, and whether n was wrong for any row: such a row is marked as invalid."""
+    """The rings, and whether a row of any is invalid now, as one is for which n was wrong, before or just now."""
     after = held.rollback(n)
-    both = zip(jax.tree.leaves_with_path(held), jax.tree.leaves(after), strict=True)
-    marked = [jnp.any(x != y) for (path, x), y in both if path[-1].name == "written"]
-    return after, jnp.any(jnp.stack(marked))
+    rings = jax.tree.leaves(after, is_leaf=lambda x: isinstance(x, rj.RingBuffer))
+    valid = [ring.valid.all() for ring in rings if isinstance(ring, rj.RingBuffer)]
+    return after, ~jnp.stack(valid).all()
 
 
 def _on_host(x: Any) -> Any:
@@ -309,8 +310,8 @@ class Held:
         count = _on_host(n)
         if _is_integers(count, axes=(0, 1)):
             with on_device(jax_device(self._name, self.device)):
-                after, wrong = _rolled_back(self._tree(), count)
-                if not wrong:
+                after, doubtful = _rolled_back(self._tree(), count)
+                if not doubtful:
                     self._take(after, owned=self._owned)
                     return self
         return self._map(lambda held: held.rollback(count), owned=self._owned)

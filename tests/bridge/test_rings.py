@@ -242,6 +242,18 @@ def test_changes_of_a_state():
         state.rollback(torch.tensor(2**40))
 
 
+def test_a_row_lost_in_jax_is_not_rolled_back_in_silence():
+    """Inside JAX's jit a row rolled back too far is only marked; the next rollback says so, as ringjax's does."""
+    native = rj.RingBuffer.empty(2, 1, 8, rj.Window.causal(4), slack=2, dtype="float32")
+    native = native.append(*[np.ones((2, 9, 1, 8), np.float32)] * 2)
+    native = jax.jit(rj.RingBuffer.rollback)(native, np.array([3, 0], np.int32))
+    ring = tb.RingBuffer.from_jax(native)
+    for count in (0, torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="n must be between 0 and the slack"):
+            ring.rollback(count)
+    assert ring.reset(torch.tensor([True, False])).rollback(torch.tensor([0, 1])) is ring
+
+
 def test_export_and_restore_change_the_capacity():
     made, ring = tokens(), empty()
     stream(made, CUTS[:5], ring)
