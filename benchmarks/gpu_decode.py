@@ -10,8 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import statistics
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import ringjax as rj
+from benchmarks.timing import in_batches
 from ringjax._quantised import quantise
 
 BATCHES, BATCH_S = 9, 0.05
@@ -171,21 +170,9 @@ def error(shape, q, out, k, v):
 
 
 def timed(calls, batches=BATCHES, batch_s=BATCH_S):
-    """Median seconds of each call: batches of calls back to back, in turn. A call is run once before, to compile."""
-    counts, seconds = {}, {name: [] for name in calls}
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(2)])
-        counts[name] = max(1, round(batch_s * 2 / (time.perf_counter() - start)))
-    for _ in range(batches):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                result = call()
-            jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    """Median seconds of each call."""
+    waiting = {name: (call, jax.block_until_ready) for name, call in calls.items()}
+    return {name: found.median for name, found in in_batches(waiting, batches=batches, batch_s=batch_s).items()}
 
 
 class Caller:
