@@ -121,7 +121,9 @@ class RingBuffer:
             raise ValueError(_inputs.message(first, hint=hint))
         dtype = _inputs.as_dtype(call, "dtype", dtype, also=tuple(LARGEST))
         capacity = window.sinks + window.size + slack
-        scales = [jnp.zeros((batch, kv_heads, capacity)) for _ in range(2)] if is_quantised(dtype) else [None, None]
+        scales: list[Any] = [None, None]
+        if is_quantised(dtype):
+            scales = [jnp.zeros((batch, kv_heads, capacity), jnp.float32) for _ in range(2)]
         return cls(
             k=jnp.zeros((batch, kv_heads, capacity, head_dim), dtype),
             v=jnp.zeros((batch, kv_heads, capacity, value_dim), dtype),

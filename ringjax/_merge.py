@@ -11,7 +11,8 @@ from ringjax import _inputs
 
 def apply_sinks(out: Array, lse: Array, sink_logits: Array) -> Array:
     """What an output becomes with sink logits in the denominator; float32."""
-    share = jax.nn.sigmoid(lse - sink_logits.astype(jnp.float32)[None, :, None])
+    # Where no key is seen both may be -inf, and the output is 0 whatever its share.
+    share = jax.nn.sigmoid(jnp.where(lse == -jnp.inf, 0.0, lse - sink_logits.astype(jnp.float32)[None, :, None]))
     return out.astype(jnp.float32) * jnp.moveaxis(share, 1, 2)[..., None]
 
 

@@ -17,6 +17,8 @@ from jax import lax
 from ringjax._slots import namespace
 from ringjax._window import Window
 
+_FAR = 2**16  # a side that is nearer costs kernels no care; positions end at 2**31
+
 
 class KeyTiles(NamedTuple):
     """Key tiles that one query tile needs; half-open ranges of tile indices, `sink_full <= sink_end <= first`.
@@ -62,6 +64,16 @@ def _clip(value: Any, low: Any, high: Any) -> Any:
     return _greatest(low, _least(value, high))
 
 
+def ahead(position: Any, side: int, most: int) -> Any:
+    """`position + side`, which for a far side is `most` at most: in int32 the sum could overflow."""
+    return position + side if side < _FAR else _least(position, most - side) + side
+
+
+def behind(position: Any, side: int, least: int) -> Any:
+    """`position - side`, which for a far side is `least` at least: in int32 the difference could overflow."""
+    return position - side if side < _FAR else _greatest(position, least + side) - side
+
+
 def _nested(first: Any, full_first: Any, full_end: Any, end: Any) -> tuple[Any, Any, Any, Any]:
     """The same runs with first <= full_first <= full_end <= end."""
     end = _greatest(first, end)
@@ -94,15 +106,15 @@ def key_tiles(
     if keys % block_size:
         whole -= 1
     if window.right is not None:
-        end = tiles_up_to(q_last + window.right)
-        whole = whole_tiles_up_to(q_first + window.right)
+        end = tiles_up_to(ahead(q_last, window.right, keys))
+        whole = whole_tiles_up_to(ahead(q_first, window.right, keys))
     if window.left is None:
         return KeyTiles(0, 0, *_nested(0, 0, whole, end))
 
-    lowest = q_first - window.left
+    lowest = behind(q_first, window.left, -1)
     first = _where(lowest >= keys, end, _least(_clip(lowest, 0, keys) // block_size, end))
     # Every query of the tile sees every key from `inner` on (up to the right edge).
-    inner = q_last - window.left
+    inner = behind(q_last, window.left, -1)
     full_first = (_clip(inner, 0, keys) + block_size - 1) // block_size
     if not window.sinks:
         return KeyTiles(0, 0, *_nested(first, full_first, whole, end))
@@ -127,32 +139,30 @@ def query_tiles(
     k_last = _least(k_first + block_size, keys) - 1
     overhangs = k_first + block_size > keys
 
-    def first_tile_from(position: Any) -> Any:  # that holds a query at a position >= `position`
-        return _clip(position - q_offset, 0, queries) // tile_size
-
+    # From here on keys are numbered like the queries: query t stands at key `t`.
+    from_first, from_last = k_first - q_offset, k_last - q_offset
     last_tile = -(-queries // tile_size)
     first = full_first = 0
     end = full_end = last_tile
     if window.right is not None:
-        first = first_tile_from(k_first - window.right)
-        full_first = (_clip(k_last - window.right - q_offset, 0, queries) + tile_size - 1) // tile_size
+        least = behind(from_first, window.right, -1)
+        first = _clip(least, 0, queries) // tile_size
+        full_first = (_clip(behind(from_last, window.right, -1), 0, queries) + tile_size - 1) // tile_size
         # A tile that starts beyond the queries holds none.
-        first = _where(k_first - window.right - q_offset >= queries, end, first)
+        first = _where(least >= queries, end, first)
     if window.left is not None:
+        left = window.left
 
-        def tiles_before(position: Any) -> Any:  # that hold a query at a position <= `position`
-            return (_clip(position - q_offset, -1, queries - 1) + tile_size) // tile_size
-
-        def whole_tiles_before(position: Any) -> Any:  # whose last query is at a position <= `position`
-            reach = _clip(position - q_offset, -1, queries - 1) + 1
+        def whole_tiles_seeing(key: Any) -> Any:  # all of whose queries have the key in their window's left side
+            reach = _clip(ahead(key, left, queries), -1, queries - 1) + 1
             return _where(reach >= queries, last_tile, reach // tile_size)
 
-        end = tiles_before(k_last + window.left)
-        full_end = whole_tiles_before(k_first + window.left)
+        end = (_clip(ahead(from_last, left, queries), -1, queries - 1) + tile_size) // tile_size
+        full_end = whole_tiles_seeing(from_first)
         if window.sinks:
             end = _where(k_first < window.sinks, last_tile, end)
             # The first key of the tile that is not pinned is the one that leaves the window first.
-            full_end = whole_tiles_before(_greatest(k_first, window.sinks) + window.left)
+            full_end = whole_tiles_seeing(_greatest(k_first, min(window.sinks, keys)) - q_offset)
             full_end = _where(k_last < window.sinks, last_tile, full_end)
     full_end = _where(overhangs, full_first, full_end)
     return QueryTiles(*_nested(first, full_first, full_end, end))
@@ -203,7 +213,7 @@ class RingSteps(NamedTuple):
       start, around: where the rest begins, counted backwards in time, and how many tiles it goes around.
       first: the tile at which it goes around.
       newest: the slot of the newest token.
-      capacity, block_size: of the ring.
+      capacity, block_size: of the ring. Slots are counted from where the first tile begins.
     """
 
     pinned: Any
@@ -212,10 +222,10 @@ class RingSteps(NamedTuple):
     edges: Any
     full: Any
     start: Any
-    around: int
-    first: int
+    around: Any
+    first: Any
     newest: Any
-    capacity: int
+    capacity: Any
     block_size: int
 
     @property
@@ -238,12 +248,20 @@ class RingSteps(NamedTuple):
         back = self.start - 1 - _where(back < self.edges, back + self.full, back - self.edges)
         tile = self.first + _where(back < 0, back + self.around, back)
         tile = _where(step < self.mixed, _quotient(self.newest, self.block_size), tile)
-        tile = _where(step < self.pinned + self.tail, self.capacity // self.block_size, tile)
+        tile = _where(step < self.pinned + self.tail, _quotient(self.capacity, self.block_size), tile)
         return _where(step < self.pinned, step, tile)
 
 
 def ring_steps(
-    newest: Any, oldest: Any, inner: Any, pinned: Any, *, sinks: int, capacity: int, block_size: int
+    newest: Any,
+    oldest: Any,
+    inner: Any,
+    pinned: Any,
+    *,
+    sinks: int,
+    capacity: int,
+    block_size: int,
+    shift: Any = 0,
 ) -> RingSteps:
     """The tiles of a ring that queries after all of its tokens need.
 
@@ -254,11 +272,16 @@ def ring_steps(
       pinned: sinks that are stored and seen, 0..sinks; if there are sinks, none of them means nothing else either.
       sinks, capacity: of the ring.
       block_size: slots in a tile.
+      shift: slots before slot 0 with which the first tile begins, less than a tile; they hold nothing.
     """
-    first = -(-sinks // block_size)
-    end = max(capacity // block_size, first)
+    circle = capacity - sinks
+    pinned = pinned if _static(shift) and shift == 0 else _where(pinned > 0, pinned + shift, 0)
+    newest, pinned_end, capacity = newest + shift, sinks + shift, capacity + shift  # as if the shift were sinks
+    first = _quotient(pinned_end + block_size - 1, block_size)
+    last = _quotient(capacity, block_size)
+    end = _greatest(last, first)
     around = end - first
-    gap = capacity - sinks - around * block_size  # slots of tiles that are mixed wherever the newest token is
+    gap = circle - around * block_size  # slots of tiles that are mixed wherever the newest token is
     at = _quotient(newest, block_size)
     some = oldest >= 0
     start = _clip(at - first, 0, around)
@@ -275,9 +298,13 @@ def ring_steps(
     seen = older(oldest)
     full = older(_least(oldest, inner) - (block_size - 1))
     tail: Any = 0
-    if capacity % block_size and capacity // block_size >= first:
-        in_tail = (at >= end) | (newest - (capacity - 1) + (capacity - sinks) <= oldest)
-        tail = _where(some & in_tail, 1, 0)
+    overhangs = (capacity != last * block_size) & (last >= first)
+    if overhangs is not False:
+        in_tail = (at >= end) | (newest - (capacity - 1) + circle <= oldest)
+        tail = _where((some & in_tail) if overhangs is True else (some & in_tail & overhangs), 1, 0)
+    if not sinks and not (_static(shift) and shift == 0):  # the first tile is needed as the last one is
+        head_end = _least(first * block_size, capacity)
+        pinned = _where(some & ((at < first) | (newest - (head_end - 1) <= oldest)), shift, 0)
     return RingSteps(
         pinned=_quotient(pinned + block_size - 1, block_size),
         tail=tail,

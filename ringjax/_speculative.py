@@ -133,7 +133,7 @@ def loop(
             more = jnp.where(more.sum(-1, keepdims=True) > 0.0, more, wanted[:, :-1])
             rest = jnp.log(jnp.concatenate([more, wanted[:, -1:]], axis=1))
             after = jax.random.categorical(other, rest, axis=-1).astype(jnp.int32)
-        return jnp.cumprod(right.astype(jnp.int32), axis=1).sum(1), after
+        return jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(1, dtype=jnp.int32), after
 
     def body(carry: Carry) -> Carry:
         keys = jax.random.split(jax.random.fold_in(key, carry.i))

@@ -30,6 +30,8 @@ PATHS = [
     LARGE.replace(name="all-heads-long-window", queries=15, window=W.causal(60), tiles=Tiles(8, 4, None)),
     LARGE.replace(name="all-heads-sinks-beyond-a-tile", queries=15, window=W.causal(6, sinks=30), tiles=Tiles(8, 4)),
     LARGE.replace(name="all-heads-all-sinks", queries=15, keys=20, window=W.causal(6, sinks=64), tiles=Tiles(8, 4)),
+    LARGE.replace(name="all-heads-far-rows", queries=15, window=W.causal(2), tiles=Tiles(16, 8), q_offset=(3, 60)),
+    LARGE.replace(name="all-heads-far-side", queries=15, window=W(3, 2**31 - 2), tiles=Tiles(8, 8)),
     LARGE.replace(name="all-heads-packed", queries=15, window=W.causal(60), tiles=Tiles(8, 4), segments="padded"),
 ]
 DTYPES = ("float32", "bfloat16", "float16")

@@ -107,6 +107,19 @@ def test_python_numpy_and_traced_integers_agree():
                 np.testing.assert_array_equal(found, ints, f"{schedule.__name__} {window}")
 
 
+@pytest.mark.parametrize("window", [Window(2**31 - 2), Window(3, 2**31 - 2), Window(2**31 - 2, 2**30, 5)], ids=str)
+def test_far_sides_and_positions_do_not_overflow(window):
+    """Whose sums are beyond int32: the traced schedules are those of Python's ints, which have no end."""
+    numbers = {"tile_size": 4, "block_size": 3, "queries": 18, "keys": 23}
+    offsets = [-30, 0, 5, 2**30, 2**31 - 30]
+    index, offset = (x.ravel().astype(np.int32) for x in np.meshgrid(range(5), offsets, indexing="ij"))
+    for schedule in (key_tiles, query_tiles):
+        ints = [tuple(schedule(window, int(i), q_offset=int(o), **numbers)) for i, o in zip(index, offset, strict=True)]
+        found = jax.jit(lambda i, o, f=schedule: f(window, i, q_offset=o, **numbers))(index, offset)
+        found = np.stack([np.broadcast_to(x, index.shape) for x in found], axis=1)
+        np.testing.assert_array_equal(found, ints, schedule.__name__)
+
+
 def test_work_does_not_grow_with_the_keys():
     """A query tile needs as many key tiles at 1,000,000 keys as at 1,000: about (tile + W) / block, and the sinks."""
     window, sizes = Window.causal(512, sinks=4), {"tile_size": 128, "block_size": 64}
@@ -120,15 +133,17 @@ def test_work_does_not_grow_with_the_keys():
 @pytest.mark.parametrize("sinks", [0, 1, 5, 9])
 @pytest.mark.parametrize("block", [1, 4, 7])
 @pytest.mark.parametrize("slack", [0, 3])
-def test_the_steps_over_a_ring_are_its_tiles(sinks, block, slack):
+@pytest.mark.parametrize("shift", [0, 3])
+def test_the_steps_over_a_ring_are_its_tiles(sinks, block, slack, shift):
     """By brute force over every length and rollback: no tile twice, none missing, none unmasked that needs a mask.
 
     A tile is needed where the first query (of a chunk after the ring) sees a slot, and full where the last sees all.
     """
+    shift = min(shift, block - 1)
     for around in (slack + 1, slack + 2, 6, 11, 16):
         capacity, left = sinks + around, around - 1 - slack
         slots = np.arange(capacity)
-        tiles = np.pad(slots, (0, -capacity % block), constant_values=-1).reshape(-1, block)
+        tiles = np.pad(slots, (shift, -(capacity + shift) % block), constant_values=-1).reshape(-1, block)
         for length in range(3 * capacity):
             for written in range(length, length + slack + 1):
                 held = position_in_slot(slots, length, written, sinks=sinks, slack=slack, capacity=capacity)
@@ -144,9 +159,10 @@ def test_the_steps_over_a_ring_are_its_tiles(sinks, block, slack):
                         sinks=sinks,
                         capacity=capacity,
                         block_size=block,
+                        shift=shift,
                     )
                     visited = [found.tile(step) for step in range(found.count)]
-                    needed = set((slots[seen] // block).tolist())
+                    needed = set(((slots[seen] + shift) // block).tolist())
                     assert len(set(visited)) == len(visited) and needed <= set(visited)
                     assert len(visited) <= len(needed) + 1, "one more: of the tile that overhangs"
                     for step in range(found.mixed, found.count):
@@ -156,10 +172,12 @@ def test_the_steps_over_a_ring_are_its_tiles(sinks, block, slack):
 
 def test_steps_over_a_ring_may_be_traced():
     sizes = {"sinks": 5, "capacity": 40, "block_size": 7}
-    numbers = [(newest, oldest, inner, 5) for newest in range(5, 40, 3) for oldest in (-1, 9, 34) for inner in (-9, 30)]
+    some = [(newest, oldest, inner, 5) for newest in range(5, 40, 3) for oldest in (-1, 9, 34) for inner in (-9, 30)]
+    numbers = [(*one, shift) for one in some for shift in (0, 2, 6)]
 
     def tiles(*numbers):
-        found = ring_steps(*numbers, **sizes)
+        *numbers, shift = numbers
+        found = ring_steps(*numbers, **sizes, shift=shift)
         return found.masked, found.count, *(found.tile(step) for step in range(6))
 
     found = jax.jit(tiles)(*np.array(numbers, np.int32).T)

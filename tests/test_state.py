@@ -32,7 +32,8 @@ def new_state(config, batch=BATCH):
 
 
 def sink_logits_of(config):
-    return jnp.linspace(-1, 1, HEADS, dtype=jnp.float32) if config.softcap else None
+    # A logit of -inf is no sink at all.
+    return jnp.linspace(-1, 1, HEADS, dtype=jnp.float32).at[0].set(-jnp.inf) if config.softcap else None
 
 
 def encode(q, k, v, state, *, requires_grad=False, lengths=None):

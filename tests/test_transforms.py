@@ -84,6 +84,39 @@ def test_remat_with_a_policy_runs_no_forward_pass_twice():
     assert products["remat"] > products["policy"] == products["plain"]
 
 
+def test_in_64_bits_types_stay_what_they_are():
+    """`jax_enable_x64`: integers are int32 and scales float32 all the same, or loops and branches would not type."""
+    window = W.causal(4, sinks=1)
+    with jax.enable_x64(True):
+        x = jnp.zeros((2, 9, 2, 4), jnp.float32)
+        for dtype in (jnp.float32, jnp.int8):
+            ring = rj.RingBuffer.empty(2, 2, 4, window, slack=3, dtype=dtype)
+            out, after = jax.eval_shape(rj.attend, x, x, x, ring)
+            assert out.dtype == jnp.float32
+            chex.assert_trees_all_equal_shapes_and_dtypes(after, ring)
+
+        def step(tokens, ring):
+            x = jnp.broadcast_to(tokens[..., None, None].astype(jnp.float32), (*tokens.shape, 2, 4))
+            out, ring = rj.attend(x, x, x, ring)
+            return out.reshape(*tokens.shape, 8), ring
+
+        def generate(ring, prompt):
+            return rj.generate(step, ring, prompt, max_new_tokens=5, draft=rj.Draft(step, ring, tokens=2))
+
+        found = jax.eval_shape(generate, ring, jnp.zeros((2, 3), jnp.int32))
+        assert found.tokens.dtype == found.lengths.dtype == jnp.int32
+        chex.assert_trees_all_equal_shapes_and_dtypes(found.state, ring)
+
+
+def test_no_nan_is_made_on_the_way():
+    """`jax_debug_nans` stops at the first one: an empty row's, or a placeholder that is thrown away later."""
+    x = normal(1, 1, 1, 2)
+    with jax.debug_nans(True):
+        assert not rj.attention(x, x, x, W.causal(2), q_offset=-1).any()
+        out, _ = rj.attend(x, x, x, rj.RingBuffer.empty(1, 1, 2, W.causal(600), dtype=jnp.float32))
+    close(out, x)
+
+
 def test_eval_shape_and_trees():
     """A ring is a pytree of arrays of any kind: shapes, NumPy arrays, with axes in front."""
     ring = ring_of(2, W.causal(4, sinks=1), slack=1, kv_heads=2)

@@ -18,11 +18,10 @@ from jax import Array, lax
 
 from ringjax._kernels.problem import Problem, Rows, Walk, key_positions, query_positions
 from ringjax._kernels.tiles import MANY_ROWS, Tiles, XlaTiles, xla_tiles
-from ringjax._schedule import key_tiles
+from ringjax._schedule import ahead, behind, key_tiles
 
 name = "xla"
 
-_FAR = 2**30  # farther than any key, near enough for int32 arithmetic
 _MASKED = -1e30  # finite, so that the difference of two masked logits is 0 and not NaN
 
 
@@ -52,7 +51,9 @@ def _plan(problem: Problem, rows: Rows) -> _Plan:
     )
     sinks = min(window.sinks, problem.keys) if window.left is not None else 0
     reach = problem.keys - sinks
-    if span is not None and not problem.is_ring:
+    # Rows at positions of their own, taken together, may need blocks that are far apart.
+    apart = problem.q_offset is None and not _head_by_head(problem)
+    if span is not None and not problem.is_ring and not apart:
         reach = min(reach, sizes.tile_size + span - 1)
     return _Plan(problem, rows, sizes, sinks, max(1, -(-reach // sizes.block_size)))
 
@@ -194,9 +195,9 @@ def _block(
         at = at if rows.kv_start is None else at - rows.kv_start[:, None]
         first, last = jnp.asarray(low)[None, None], jnp.int32(problem.keys - 1)[None, None]
         if problem.window.left is not None:
-            first = jnp.maximum(first, at - min(problem.window.left, _FAR))
+            first = jnp.maximum(first, behind(at, problem.window.left, -1))
         if problem.window.right is not None:
-            last = jnp.minimum(last, at + min(problem.window.right, _FAR))
+            last = jnp.minimum(last, ahead(at, problem.window.right, problem.keys - 1))
         last = jnp.where(real, last, -1)
         # Unsigned, an index before the run is far behind its end.
         count = jnp.maximum(last - first + 1, 0).astype(jnp.uint32)
@@ -284,12 +285,16 @@ def _whole_or_blocks(plan: _Plan, whole: Callable[[], Any], blocks: Callable[[],
     _, end = _key_range(plan, 0)
     shapes = jax.eval_shape(whole)
 
+    def now() -> Any:
+        found = whole()
+        return jnp.isnan(found[0]).any(), found
+
     def later() -> Any:
-        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if x.dtype == jnp.float32 else 0, x.dtype), shapes)
+        return jnp.bool_(True), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     # Under a branch, so that XLA does not fuse the ring's update into the product, which would read a copy of it.
-    found = lax.cond(_dense(plan.problem, end), whole, later)
-    return lax.cond(jnp.isnan(found[0]).any(), blocks, lambda: found)
+    again, found = lax.cond(_dense(plan.problem, end), now, later)
+    return lax.cond(again, blocks, lambda: found)
 
 
 def _head_by_head(problem: Problem) -> bool:
@@ -374,7 +379,8 @@ def forward(
         lse = jnp.where(seen, largest + jnp.log(normaliser), -jnp.inf)
         if sinks is not None:
             normaliser = normaliser + jnp.exp(sinks - largest)
-        out = jnp.where(seen[..., None], total / normaliser[..., None], 0.0)
+        # No 0 / 0, even where it would not be taken: `jax_debug_nans` stops at it.
+        out = jnp.where(seen[..., None], total / jnp.where(seen, normaliser, 1.0)[..., None], 0.0)
         return None, (out.astype(problem.out_dtype), lse)
 
     out = jnp.zeros((*q.shape[:3], problem.value_dim), problem.out_dtype)
