@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from ringjax import _explicit, _in_place, _inputs, _partition
-from ringjax._attention import _options, _zero_where_padding
+from ringjax._attention import _options
 from ringjax._buffer import RingBuffer, _as_seen, _check_tokens
 from ringjax._kernels import IMPLEMENTATIONS, resolve
-from ringjax._kernels.problem import Problem, Rows
+from ringjax._kernels.problem import Memory, Problem, Rows, zero_where_padding
 from ringjax._kernels.tiles import TileSizes
 from ringjax._merge import apply_sinks, merge
 from ringjax._op import op
@@ -78,19 +78,24 @@ def attend_with_lse(
     implementation: str | None,
     config: Any,
     out_dtype: Any = None,
+    memories: tuple[RingBuffer, ...] = (),
 ) -> tuple[Array, Array, RingBuffer]:
-    """`attend`, with the lse of the keys seen (without sink logits), and another dtype for the output if wanted."""
-    _inputs.check_type(call, "buffer", buffer, RingBuffer)
-    if (mesh := _explicit.mesh_of(q, k, v, buffer)) is not None:
+    """`attend`, with the lse of the keys seen (without sink logits), and another dtype for the output if wanted.
 
-        def again(q: Array, k: Array, v: Array, buffer: RingBuffer, lengths: Any, sink_logits: Any) -> Any:
-            options = (lengths, sink_logits, softcap, scale, implementation, config, out_dtype)
+    With `memories`, for at most `slack + 1` tokens: one softmax over the ring and all that they keep in view.
+    """
+    _inputs.check_type(call, "buffer", buffer, RingBuffer)
+    if (mesh := _explicit.mesh_of(q, k, v, buffer, memories)) is not None:
+
+        def again(q: Array, k: Array, v: Array, buffer: RingBuffer, lengths: Any, sinks: Any, memories: Any) -> Any:
+            options = (lengths, sinks, softcap, scale, implementation, config, out_dtype, memories)
             return attend_with_lse(call, q, k, v, buffer, *options)
 
-        tokens = {"q": (q, "BTNH"), "k": (k, "BTKH"), "v": (v, "BTKH")}
-        split_rows, heads = _explicit.rows_and_heads(call, {**tokens, "buffer.k": (buffer.k, "BKCH")})
+        tokens = {"q": (q, "BTNH"), "k": (k, "BTKH"), "v": (v, "BTKH"), "buffer.k": (buffer.k, "BKCH")}
+        stored = {f"memories[{i}].k": (memory.k, "BKCH") for i, memory in enumerate(memories)}
+        split_rows, heads = _explicit.rows_and_heads(call, tokens | stored)
         results = (P(split_rows, None, heads), P(split_rows, heads), _explicit.specs(buffer))
-        return _explicit.run(mesh, results, again, q, k, v, buffer, lengths, sink_logits)
+        return _explicit.run(mesh, results, again, q, k, v, buffer, lengths, sink_logits, memories)
     _inputs.check_qkv(call, q, k, v)
     texts = {"q": _inputs.describe(q), "k": _inputs.describe(k)}
     _inputs.check_agree(call, "length", {"q": (q.shape[1], texts["q"]), "k": (k.shape[1], texts["k"])})
@@ -104,16 +109,19 @@ def attend_with_lse(
     real = None
     if lengths is not None:
         real = jnp.arange(chunk, dtype=jnp.int32)[None] < lengths[:, None]
-        q, k, v = (_zero_where_padding(x, real) for x in (q, k, v))
+        q, k, v = (zero_where_padding(x, real) for x in (q, k, v))
 
     out_dtype = jnp.dtype(out_dtype or q.dtype).name
     if chunk <= buffer.slack + 1:
         # What these tokens overwrite, not even the first of them still sees: the ring alone holds all.
         problem = _ring_problem(q, buffer, options, out_dtype, lengths)
         name, rows = resolve(problem, call, implementation), _ring_rows(buffer, buffer.length, lengths)
-        read = partial(op, problem, name)
-        out, lse, after = _in_place.append_attend(problem, name, read, rows, q, k, v, buffer, sink_logits)
+        plain = options | {"sink_logits": False}
+        beside = tuple(_memory(q, memory, plain, lengths) for memory in memories)
+        read = partial(_read_all, call, implementation, problem, name, tuple(memory.problem for memory in beside))
+        out, lse, after = _in_place.append_attend(problem, name, read, rows, q, k, v, buffer, sink_logits, beside)
     else:
+        assert not memories
         after = buffer.append(k, v, lengths=lengths)
         k, v = _as_seen(buffer, k, v)
         run = partial(_run, call, implementation)
@@ -128,7 +136,7 @@ def attend_with_lse(
         # A row rolled back too far reads as empty, its new tokens too.
         out = jnp.where(buffer.valid[:, None, None, None], out, jnp.zeros((), out.dtype))
         lse = jnp.where(buffer.valid[:, None, None], lse, -jnp.inf)
-    return (out if real is None else _zero_where_padding(out, real)), lse, after
+    return (out if real is None else zero_where_padding(out, real)), lse, after
 
 
 def _in_one_launch(
@@ -183,6 +191,41 @@ def _extend(problem: Problem, implementation: str, *arrays: Any) -> tuple[Array,
     return out, lse
 
 
+def attend_to_all(
+    call: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    buffer: RingBuffer,
+    memories: tuple[RingBuffer, ...],
+    lengths: Any,
+    sink_logits: Any,
+    softcap: Any,
+    scale: Any,
+    implementation: str | None,
+    config: Any,
+) -> tuple[Array, RingBuffer]:
+    """`attend` with one softmax over the ring and all that memories keep in view, whatever a query's own position.
+
+    Memories of the ring's dtype are read in the launch that writes into the ring, where an implementation offers that.
+    A row whose ring is lost sees nothing of the memories either.
+    """
+    options = (softcap, scale, implementation, config)
+    few = jnp.shape(q)[1] <= buffer.slack + 1
+    near = tuple(memory for memory in memories if few and memory.k.dtype == buffer.k.dtype)
+    far = tuple(memory for memory in memories if not (few and memory.k.dtype == buffer.k.dtype))
+    if not far:
+        out, _, after = attend_with_lse(call, q, k, v, buffer, lengths, sink_logits, *options, memories=near)
+        return out, after
+    out, lse, after = attend_with_lse(call, q, k, v, buffer, lengths, None, *options, "float32", near)
+    parts = [(out, lse), *(attend_to_memory(call, q, memory, lengths, *options) for memory in far)]
+    out, lse = _merged(parts, after.valid)
+    if sink_logits is not None:
+        _inputs.check_sink_logits(call, sink_logits, q)
+        out = apply_sinks(out, lse, jnp.asarray(sink_logits))
+    return out.astype(q.dtype), after
+
+
 def attend_to_memory(
     call: str,
     q: Array,
@@ -208,10 +251,47 @@ def attend_to_memory(
     lengths = _inputs.as_row_integers(call, "lengths", lengths, q.shape[0])
     options = _options(call, q, None, softcap, scale, config)
     if lengths is not None:
-        q = _zero_where_padding(q, jnp.arange(q.shape[1], dtype=jnp.int32)[None] < lengths[:, None])
+        q = zero_where_padding(q, jnp.arange(q.shape[1], dtype=jnp.int32)[None] < lengths[:, None])
+    memory = _memory(q, ring, options, lengths)
+    return _run(call, implementation, memory.problem, memory.rows, q, memory.k, memory.v, None)
+
+
+def _memory(q: Array, ring: RingBuffer, options: dict[str, Any], lengths: Any) -> Memory:
     problem = dataclasses.replace(_ring_problem(q, ring, options, "float32", lengths), q_stride=0)
-    rows = _ring_rows(ring, ring.length - 1, lengths)
-    return _run(call, implementation, problem, rows, q, ring.k, ring.v, None)
+    return Memory(problem, _ring_rows(ring, ring.length - 1, lengths), ring.k, ring.v)
+
+
+def _read_all(
+    call: str,
+    implementation: str | None,
+    problem: Problem,
+    name: str,
+    problems: tuple[Problem, ...],
+    rows: Rows,
+    q: Array,
+    k: Array,
+    v: Array,
+    sink_logits: Array | None,
+    memories: Any,
+) -> tuple[Array, Array]:
+    """Attention to a ring, by the implementation `name`, and to memories, each by itself, merged."""
+    if not memories:
+        return op(problem, name, rows, q, k, v, sink_logits)
+    own = dataclasses.replace(problem, out_dtype="float32", sink_logits=False)
+    parts = [op(own, name, rows, q, k, v, None)]
+    for memory, (its_rows, its_k, its_v) in zip(problems, memories, strict=True):
+        parts.append(_run(call, implementation, memory, its_rows, q, its_k, its_v, None))
+    assert rows.length is not None and rows.written is not None
+    out, lse = _merged(parts, rows.written - rows.length <= problem.slack)
+    if sink_logits is not None:
+        out = apply_sinks(out, lse, sink_logits)
+    return out.astype(problem.out_dtype), lse
+
+
+def _merged(parts: list[tuple[Array, Array]], valid: Array) -> tuple[Array, Array]:
+    """Outputs and lses of parts, merged. A row whose past is lost must not look like one that has none."""
+    lses = [jnp.where(valid[:, None, None], lse, -jnp.inf) for _, lse in parts]
+    return merge([out for out, _ in parts], lses, return_lse=True)
 
 
 def _run(
@@ -275,7 +355,7 @@ def _attend_in_order(
 
     def joined(store: Array, new: Array) -> Array:
         old = jnp.moveaxis(jnp.take_along_axis(store, slots[:, None, :, None], axis=2), 1, 2)
-        return jnp.concatenate([_zero_where_padding(old, held), new], axis=1)
+        return jnp.concatenate([zero_where_padding(old, held), new], axis=1)
 
     real = jnp.ones((q.shape[0], chunk), bool)
     if lengths is not None:

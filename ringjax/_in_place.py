@@ -3,7 +3,8 @@
 An implementation offers it with `writes(problem) -> bool` and `append_attend(problem, rows, q, k, v, ring_k, ring_v,
 sink_logits) -> (out, lse, ring_k, ring_v, rows)`, from the rows before the tokens to those after them: of these,
 `length`, `written` and the scales count. It has no derivative of its own: where one is asked for, the tokens are
-written first and the ring is read as ever.
+written first and the ring is read as ever. It may read other rings in the same softmax, if `writes` takes their
+problems too (`writes(problem, *problems)`): `append_attend` then has a further argument, a tuple of `Memory`.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jax.tree_util import Partial
 
 from ringjax import _kernels, _partition
 from ringjax._buffer import RingBuffer
-from ringjax._kernels.problem import Problem, Rows
+from ringjax._kernels.problem import Memory, Problem, Rows
 
 
 def append_attend(
@@ -33,32 +34,36 @@ def append_attend(
     v: Array,
     buffer: RingBuffer,
     sink_logits: Array | None,
+    memories: tuple[Memory, ...] = (),
 ) -> tuple[Array, Array, RingBuffer]:
     """Output, lse and the ring after the tokens.
 
     Args:
       problem, implementation: of the call on the ring.
-      read: attention to a ring, given its rows, q, its keys and values, and the sink logits; differentiable.
+      read: attention to a ring, given its rows, q, its keys and values, the sink logits and the rows, keys and values
+        of each memory; differentiable.
       rows: of the ring before the tokens.
       q, k, v: of the tokens, whose padding is zero.
       buffer: the ring before the tokens.
       sink_logits: [N] or None.
+      memories: that are read in the same softmax.
     """
 
-    def apart(rows: Rows, q: Array, k: Array, v: Array, sink_logits: Any, buffer: RingBuffer) -> Any:
+    def apart(rows: Rows, q: Array, k: Array, v: Array, sink_logits: Any, buffer: RingBuffer, others: Any) -> Any:
         after = buffer.append(k, v, lengths=rows.q_length)
         now = {"length": after.length, "written": after.written, "k_scale": after.k_scale, "v_scale": after.v_scale}
-        out, lse = read(rows._replace(**now), q, after.k, after.v, sink_logits)
+        out, lse = read(rows._replace(**now), q, after.k, after.v, sink_logits, others)
         return out, lse, after
 
-    arrays = (rows, q, k, v, sink_logits, buffer)
+    problems = tuple(memory.problem for memory in memories)
+    arrays = (rows, q, k, v, sink_logits, buffer, tuple((memory.rows, memory.k, memory.v) for memory in memories))
     writes = getattr(_kernels.IMPLEMENTATIONS[implementation], "writes", None)
-    if writes is None or not writes(problem) or _partition.may_be_partitioned(jax.tree.leaves(arrays)):
+    if writes is None or not writes(problem, *problems) or _partition.may_be_partitioned(jax.tree.leaves(arrays)):
         return apart(*arrays)
 
     @custom_vmap
     def launch(*arrays: Any) -> Any:
-        return _launch(problem, implementation, *arrays)
+        return _launch(problem, problems, implementation, *arrays)
 
     @launch.def_vmap
     def over(size: int, batched: Any, *arrays: Any) -> Any:
@@ -97,13 +102,24 @@ def append_attend(
     return together(*arrays)
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # layers of one shape are traced and compiled once
+@partial(jax.jit, static_argnums=(0, 1, 2))  # layers of one shape are traced and compiled once
 def _launch(
-    problem: Problem, implementation: str, rows: Rows, q: Array, k: Array, v: Array, sinks: Any, buffer: RingBuffer
+    problem: Problem,
+    problems: tuple[Problem, ...],
+    implementation: str,
+    rows: Rows,
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Any,
+    buffer: RingBuffer,
+    others: Any,
 ) -> Any:
     run = _kernels.IMPLEMENTATIONS[implementation].append_attend
     if not problem.quantised:
         k, v = k.astype(buffer.k.dtype), v.astype(buffer.v.dtype)
-    out, lse, ring_k, ring_v, after = run(problem, rows, q, k, v, buffer.k, buffer.v, sinks)
+    memories = tuple(Memory(*memory) for memory in zip(problems, *zip(*others, strict=True), strict=True))
+    beside = (memories,) if memories else ()
+    out, lse, ring_k, ring_v, after = run(problem, rows, q, k, v, buffer.k, buffer.v, sinks, *beside)
     now = {name: getattr(after, name) for name in ("length", "written", "k_scale", "v_scale")}
     return out, lse, dataclasses.replace(buffer, k=ring_k, v=ring_v, **now)

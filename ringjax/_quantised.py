@@ -37,7 +37,8 @@ def quantise(x: Array, dtype: Any) -> tuple[Array, Array]:
     """
     x = x.astype(jnp.float32)
     largest = LARGEST[jnp.dtype(dtype).name]
-    scale = lax.reduce_precision(jnp.abs(x).max(-1) / largest, exponent_bits=8, mantissa_bits=15)
+    # A product, as which XLA does a division by a constant where it is jitted: the bits are the same then everywhere.
+    scale = lax.reduce_precision(jnp.abs(x).max(-1) * np.float32(1 / largest), exponent_bits=8, mantissa_bits=15)
     # Below the smallest normal number, which processors may take for 0 or not, nothing is left to tell apart.
     scale = jnp.where(scale < np.finfo(np.float32).tiny, 0.0, scale)
     real = ((scale > 0.0) & (scale < jnp.inf))[..., None]

@@ -11,9 +11,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from ringjax import _inputs
-from ringjax._attend import attend_to_memory, attend_with_lse
+from ringjax._attend import attend_to_all, attend_with_lse
 from ringjax._buffer import RingBuffer
-from ringjax._merge import apply_sinks, merge
 from ringjax._quantised import LARGEST, is_quantised
 from ringjax._window import Window
 
@@ -278,7 +277,8 @@ def decode(
 ) -> tuple[Array, BufferState]:
     """The decoder's phase: one softmax over all that the encoder's rings keep in view and the decoder's own past.
 
-    Both are read in place and merged by their logsumexps; the decoder's keys and values are appended to `feedback`.
+    Both are read in place, in one launch where an implementation offers that, else merged by their logsumexps; the
+    decoder's keys and values are appended to `feedback`.
 
     Args:
       q, k, v: of the decoder's tokens at positions `position + t`.
@@ -307,22 +307,15 @@ def decode(
     back = state.last_calculated + 1 - at
     if _inputs.is_concrete(back, state.feedback.written):
         _check_position(call, np.asarray(at), state)
-    feedback = state.feedback.rollback(back)
+    rolled = state.feedback.rollback(back)
+    # Where it is certain that a position continues (`last_calculated + 1`), XLA drops the rollback: a kernel or two.
+    length = jnp.where(back == 0, state.feedback.length, rolled.length)
+    written = jnp.where(back == 0, state.feedback.written, rolled.written)
+    feedback = dataclasses.replace(rolled, length=length, written=written)
 
-    options = (config.softcap, config.scale, config.implementation, config)
-    own, own_lse, feedback = attend_with_lse(call, q, k, v, feedback, lengths, None, *options, out_dtype="float32")
-    outs, lses = [own], [own_lse]
-    for memory in (state.forward, state.backward):
-        out, lse = attend_to_memory(call, q, memory, lengths, *options)
-        outs, lses = [*outs, out], [*lses, lse]
-    # A row whose past is lost must not look like one that has none.
-    lses = [jnp.where(feedback.valid[:, None, None], lse, -jnp.inf) for lse in lses]
-    out, lse = merge(outs, lses, return_lse=True)
-    if sink_logits is not None:
-        _inputs.check_sink_logits(call, sink_logits, q)
-        out = apply_sinks(out, lse, jnp.asarray(sink_logits))
-    state = dataclasses.replace(state, feedback=feedback, last_calculated=feedback.length - 1)
-    return out.astype(q.dtype), state
+    memories, options = (state.forward, state.backward), (config.softcap, config.scale, config.implementation, config)
+    out, feedback = attend_to_all(call, q, k, v, feedback, memories, lengths, sink_logits, *options)
+    return out, dataclasses.replace(state, feedback=feedback, last_calculated=feedback.length - 1)
 
 
 def _check_position(call: str, at: np.ndarray, state: BufferState) -> None:

@@ -1,8 +1,10 @@
 """The Hopper decode kernel on the GPU it is for: `pytest -m gpu tests/test_gpu_decode.py`, faster with `-n 8`."""
 
 import dataclasses
+import functools
 import re
 
+import beside_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,62 @@ READING = [
     ONE.replace(name="many-heads", heads=71, kv_heads=1),
 ]
 
+MEMORY = ONE.replace(name="memory", memory=True, window=Window(399, 399), out_dtype="float32")
+BESIDE = {
+    "one": (ONE.replace(sink_logits=True), MEMORY),
+    "two": (
+        ONE.replace(slack=9, rolled_back=True, batch=8, window=Window.causal(300, sinks=3)),
+        MEMORY.replace(rolled_back=True, slack=5, window=Window.causal(700, sinks=5)),
+        MEMORY.replace(window=Window(99, 99)),
+    ),
+    "one-row": (ONE.replace(batch=1, window=Window.causal(2000)), MEMORY.replace(window=Window(1999, 1999))),
+    "tiny": (ONE.replace(window=Window.causal(1)), MEMORY.replace(window=Window(0, 0)), MEMORY),
+    "256": (ONE.replace(head_dim=256, value_dim=256, window=Window.causal(300)), MEMORY),
+    "chunk": (ONE.replace(queries=5, slack=9, ragged=True, softcap=4.0, sink_logits=True, batch=7), MEMORY, MEMORY),
+    "chunk-16": (ONE.replace(queries=16, slack=15, rolled_back=True, dtype="float16"), MEMORY),
+    "8": (ONE.replace(kv_dtype="int8", slack=3, rolled_back=True), MEMORY, MEMORY.replace(window=Window.causal(77))),
+    "float8-chunk": (
+        ONE.replace(kv_dtype="float8_e4m3fn", queries=4, slack=5, ragged=True),
+        MEMORY.replace(window=Window.causal(500, sinks=2)),
+    ),
+}
+
+
+def beside(name):
+    """The case of a decoder's call, and those of its memories, which are as its own ring in all but their windows."""
+    own, *memories = BESIDE[name]
+    own = own.replace(name=f"beside-{name}")
+    fields = (
+        "batch",
+        "queries",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "value_dim",
+        "dtype",
+        "kv_dtype",
+        "softcap",
+        "ragged",
+    )
+    return own, [x.replace(**{field: getattr(own, field) for field in fields}) for x in memories]
+
+
+def check_beside(name, tiles=None, seeds=3):
+    case, memories = beside(name)
+
+    def write(made, tokens, ring, sinks, stores):
+        beside = [x._replace(k=k, v=v, rows=rows) for x, (rows, k, v) in zip(made, stores, strict=True)]
+        return mosaic.append_attend(case.problem, tokens[0], *tokens[1:], *ring, sinks, beside, tiles=tiles)
+
+    run = None
+    for seed in range(seeds):
+        made = beside_cases.make(case, memories, seed)
+        own, stores = made.own, [(x.rows, x.k, x.v) for x in made.memories]
+        run = run or jax.jit(functools.partial(write, made.memories))
+        out, lse, *ring = run((own.rows_before, own.q, own.k, own.v), own.before, own.sinks, stores)
+        beside_cases.check(made, out, lse)
+        ring_cases.check_ring(own, *ring)
+
 
 def runs(case):
     """Reading and, where there is one, the launch that writes too; jitted."""
@@ -119,8 +177,20 @@ def test_read(case):
     check(case)
 
 
+@pytest.mark.parametrize("name", BESIDE)
+def test_memories_in_the_same_launch(name):
+    """Empty, in part filled, wrapped, rolled back: one softmax over all, and only the call's own ring is written to."""
+    check_beside(name)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
-@pytest.mark.parametrize("case", [CASES[13], CASES[16], CASES[15], EIGHT_BITS[0]], ids=str)
+@pytest.mark.parametrize("name", ["two", "chunk", "8"])
+def test_memories_are_split_over_programs(name, splits):
+    check_beside(name, MosaicDecodeTiles(block_size=128 if name == "8" else 64, stages=2, splits=splits), seeds=2)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", [CASES[13], CASES[16], CASES[15], CASES[17], EIGHT_BITS[0], EIGHT_BITS[5]], ids=str)
 def test_every_number_of_splits(case, splits):
     check(case, MosaicDecodeTiles(block_size=64 if case.kv_dtype is None else 128, stages=2, splits=splits))
 
@@ -177,6 +247,57 @@ def test_counters_in_a_loop_are_neither_copied_nor_computed_elsewhere():
     _, rings = compiled(rings)
     for ring in rings:
         assert ring.length.tolist() == ring.written.tolist() == [400] * 3
+
+
+@pytest.mark.parametrize("forward_dtype", [None, "int8"])
+def test_a_decoder_is_one_launch(forward_dtype):
+    """`decode` under jit, of rings of one dtype; another dtype's is read by a launch of its own. No ring is copied."""
+    config = rj.RingBufferConfig(buffer_size=300, slack=3, forward_dtype=forward_dtype)
+    state = rj.init_state(config, 2, kv_heads=2, head_dim=64)
+    for grad in (False, True):
+        _, state = rj.encode(*arrays(200 if grad else 400), state, requires_grad=grad)
+    exact = jax.tree.map(jnp.copy, state)
+    exact = dataclasses.replace(exact, config=dataclasses.replace(config, implementation="xla"))
+
+    def step(q, k, v, state):
+        return rj.decode(q, k, v, state, position=state.last_calculated + 1)
+
+    found = rj.certify(jax.jit(step, donate_argnums=3), state, *arrays(2))
+    text = found.executable.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == (1 if forward_dtype is None else 2)
+    for seed in range(3):
+        out, state = found.executable(*arrays(2, seed), state)
+        wanted, exact = jax.jit(step)(*arrays(2, seed), exact)
+        np.testing.assert_allclose(np.float32(out), np.float32(wanted), atol=0.02)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(state), jax.tree.leaves(exact))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("tokens, sizes", [(1, (128, 128)), (3, (80, 96)), (7, (256, 64))])
+def test_tokens_are_quantised_to_the_same_bits(tokens, sizes, dtype):
+    """As by XLA, whatever the numbers: of any magnitude, zeros, infinities and NaN, ties between two steps."""
+    rng = np.random.default_rng(tokens)
+    batch, kv_heads = 16, 8
+    q = jnp.asarray(rng.standard_normal((batch, tokens, kv_heads, sizes[0])), jnp.bfloat16)
+
+    def new(size):
+        exponents = rng.integers(-126, 119, (batch, tokens, kv_heads, 1)).astype(np.float32)
+        x = rng.standard_normal((batch, tokens, kv_heads, size)).astype(np.float32)
+        x[:4] = rng.integers(-254, 255, x[:4].shape) / 2  # ties
+        x = x * np.where(np.arange(batch)[:, None, None, None] % 2, np.exp2(exponents), 1)
+        for at, value in enumerate((0.0, np.inf, np.nan, -np.inf, 1e-40)):
+            x[8 + at, :, at, :: 1 + 3 * at] = value
+        return jnp.asarray(x.astype(np.float32), jnp.bfloat16)
+
+    k, v = (new(size) for size in sizes)
+    ring = rj.RingBuffer.empty(batch, kv_heads, sizes[0], Window.causal(50), slack=8, value_dim=sizes[1], dtype=dtype)
+    _, found = jax.jit(rj.attend)(q, k, v, ring)
+    wanted = jax.jit(rj.RingBuffer.append)(ring, k, v)
+    for name in ("k", "v", "k_scale", "v_scale"):
+        x, y = (np.asarray(getattr(of, name)) for of in (found, wanted))
+        if name in "kv":
+            x, y = x.view(np.uint8), y.view(np.uint8)
+        np.testing.assert_array_equal(x, y, name)
 
 
 @pytest.mark.parametrize("dtype, bound", [("int8", 1e-2), ("float8_e4m3fn", 6e-2)])

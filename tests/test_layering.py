@@ -31,6 +31,9 @@ RANKS = {
     "_kernels.mosaic_tile": 7,
     "_kernels.mosaic_backward_tile": 7.5,
     "_kernels.mosaic_eight_bits": 7.5,
+    "_kernels.mosaic_counters": 7.5,
+    "_kernels.mosaic_ring_walk": 7.5,
+    "_kernels.mosaic_chunk_walk": 7.5,
     "_kernels.xla": 8,  # implementations, side by side: none imports another
     "_kernels.mosaic_forward": 8,
     "_kernels.mosaic_backward_split": 8,
@@ -70,6 +73,7 @@ LAZILY = {"_plot": {"matplotlib"}}  # inside a function, so that `import ringjax
 
 # The same for torch_bridge.
 BRIDGE = {
+    "_by_row": 0,
     "_dlpack": 0,
     "_arguments": 1,
     "_stablehlo": 1,

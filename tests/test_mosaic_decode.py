@@ -16,7 +16,7 @@ from ring_cases import RingCase
 import ringjax as rj
 from ringjax import Window, _kernels
 from ringjax._kernels import backward_of, mosaic, reasons_against, resolve, xla
-from ringjax._kernels.tiles import AUTOMATIC, MosaicDecodeTiles, Tiles, mosaic_decode_tiles
+from ringjax._kernels.tiles import AUTOMATIC, MosaicDecodeTiles, Tiles, merging_programs, mosaic_decode_tiles
 from ringjax._schedule import slot_tiles
 from ringjax._slots import INVALID, position_in_slot
 
@@ -57,6 +57,11 @@ def test_tile_choices_fit_into_shared_memory_and_keep_what_was_asked():
                 assert held + rows * (6 * dim + 2 * found.block_size + 256) <= 227 * 1024
                 assert found.splits in (1, 2, 4, 8) and found.block_size % 64 == 0 and found.stages >= 1
                 assert mosaic_decode_tiles(Tiles(block_size=64), **facts).block_size == 64
+    # Of many queries, each of several programs merges some: as many programs then share a head's tiles.
+    many = {"programs": 8, "slots": 4111, "rows": 64, "head_dim": 128, "value_dim": 128}
+    alone, spread = (mosaic_decode_tiles(AUTOMATIC, **many, spread=x).splits for x in (False, True))
+    assert (alone, spread) == (2, 8) and merging_programs(8, 64) == 8
+    assert [merging_programs(8, rows) for rows in (8, 24, 40, 48)] == [1, 3, 5, 6] and merging_programs(2, 24) == 1
     # Few rows fill the machine with splits, many do not need them.
     small = {"slots": 4096, "rows": 8, "head_dim": 128, "value_dim": 128}
     assert mosaic_decode_tiles(AUTOMATIC, programs=8, **small).splits == 8
@@ -68,13 +73,13 @@ def test_tile_choices_fit_into_shared_memory_and_keep_what_was_asked():
 @pytest.mark.parametrize("readers", [1, 8, 130])
 def test_counters_are_told_while_programs_count_themselves_in(slack, readers):
     """For every state of a row, and any number of programs that have read it already, the sum may overflow."""
-    from ringjax._kernels import mosaic_decode
+    from ringjax._kernels import mosaic_counters
 
     length = np.array([0, 1, 7, 10**6, 2**31 - 1 - 2 * (slack + 1) * readers], np.int32)[:, None]
     before = np.concatenate([length + np.arange(slack + 1, dtype=np.int32), np.full_like(length, INVALID)], axis=1)
     for arrived in range(readers):
         now = (before.astype(np.int64) + arrived * (slack + 1)).astype(np.uint32).view(np.int32)
-        found = mosaic_decode.undisturbed(jnp.asarray(length), jnp.asarray(now), slack=slack, readers=readers)
+        found = mosaic_counters.undisturbed(jnp.asarray(length), jnp.asarray(now), slack=slack, readers=readers)
         np.testing.assert_array_equal(found, before)
 
 

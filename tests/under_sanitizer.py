@@ -35,6 +35,19 @@ def main():
     for i in range(3):
         token = (x[:, i : i + 1] for x in (q, k, v))
         results[f"token {i}"], ring = step(*token, ring, implementation="mosaic")
+    for dtype in ("int8", "float8_e4m3fn"):
+        ring = rj.RingBuffer.empty(1, 1, 64, Window.causal(150, sinks=3), slack=2, dtype=dtype)
+        ring = jax.jit(rj.RingBuffer.append)(ring, k, v)
+        for i in range(2):
+            some = (x[:, 3 * i : 3 * i + 3] for x in (q, k, v))
+            results[f"tokens {i}, {dtype}"], ring = step(*some, ring, implementation="mosaic")
+    state = rj.init_state(rj.RingBufferConfig(buffer_size=150, implementation="mosaic"), 1, kv_heads=1, head_dim=64)
+    for grad in (False, True):
+        _, state = jax.jit(rj.encode, static_argnames="requires_grad")(q, k, v, state, requires_grad=grad)
+    decode = jax.jit(rj.decode)
+    for i in range(2):
+        token = (x[:, i : i + 1] for x in (q, k, v))
+        results[f"decode {i}"], state = decode(*token, state, position=state.last_calculated + 1)
     for name, found in results.items():
         means = [float(jnp.abs(x.astype(jnp.float32)).mean()) for x in jax.tree.leaves(found)]
         assert np.isfinite(means).all() and min(means) > 0, name

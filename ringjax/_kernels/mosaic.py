@@ -1,21 +1,23 @@
 """Attention on Hopper GPUs in Pallas Mosaic GPU: the row of the table; the kernels are built when first called.
 
 Without a ring, head sizes are padded with zeros to 64, 128 or 256, which changes no logit and no output. A ring is read
-as it is, by a kernel of its own, which can write new tokens into it too (`append_attend`); its derivative is another
-row's (`differentiates`).
+as it is, by a kernel of its own, which can write new tokens into it too and read other rings beside it
+(`append_attend`); its derivative is another row's (`differentiates`).
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ringjax._kernels.problem import Problem, Rows, Walk
+from ringjax._kernels.problem import Memory, Problem, Rows, Walk
 from ringjax._kernels.tiles import Tiles, mosaic_forward_tiles
 
 name = "mosaic"
+ignores_padding = True
 
 _HOPPER = re.compile(r"\b(?:H100|H200|GH200|H800|H20)\b")
 _JAX = tuple(int(part) for part in jax.__version__.split(".")[:2])
@@ -139,11 +141,12 @@ def extend(
     return out[..., : problem.value_dim], lse
 
 
-def writes(problem: Problem) -> bool:
-    """Whether `append_attend` takes the problem."""
+def writes(problem: Problem, *memories: Problem) -> bool:
+    """Whether `append_attend` takes the problem, with memories beside its ring."""
     from ringjax._kernels import mosaic_decode
 
-    return problem.is_ring and mosaic_decode.writes(problem)
+    able = problem.is_ring and not any(unsupported(memory) for memory in memories)
+    return able and mosaic_decode.writes(problem, *memories)
 
 
 def append_attend(
@@ -155,9 +158,10 @@ def append_attend(
     ring_k: Array,
     ring_v: Array,
     sink_logits: Array | None,
+    memories: Sequence[Memory] = (),
     **options: Any,
 ) -> tuple[Array, Array, Array, Array, Rows]:
     """Output, lse, the ring with the tokens `k` and `v`, and the rows after them, in one launch."""
     from ringjax._kernels import mosaic_decode
 
-    return mosaic_decode.append_attend(problem, rows, q, k, v, ring_k, ring_v, sink_logits, **options)
+    return mosaic_decode.append_attend(problem, rows, q, k, v, ring_k, ring_v, sink_logits, memories, **options)

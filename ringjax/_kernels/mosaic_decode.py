@@ -6,30 +6,32 @@ Nothing is padded to 64 queries, and a step's softmax works on block_size x 8 nu
 loads.
 
 The tiles of one head may be split over the programs of a thread-block cluster: their partial results go to the first
-one's shared memory and are merged there. The new tokens can be written by the same launch (`append_attend`): the
-program that reads a slot writes it first, and reads that tile last. So can the row's counters.
+one's shared memory and are merged there, or, where there are many queries, some of each result to each of several. The
+new tokens can be written by the same launch (`append_attend`): the program that reads a slot writes it first, and reads
+that tile last. So can the row's counters. Such a launch may read other rings before its own, in the same softmax: the
+tiles of all are split.
 
 Of a quantised ring, nothing is widened (`mosaic_eight_bits`).
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
 from ringjax._kernels import mosaic_eight_bits as eight_bits
+from ringjax._kernels import mosaic_ring_walk as ring_walk
+from ringjax._kernels.mosaic_counters import count_in, undisturbed
 from ringjax._kernels.mosaic_tile import BY_COLUMN, BY_ROW, LOG2E, pad_axis, plgpu, rounded_up, swizzled
-from ringjax._kernels.problem import Problem, Rows
-from ringjax._kernels.tiles import MosaicDecodeTiles, mosaic_decode_tiles
+from ringjax._kernels.problem import Memory, Problem, Rows
+from ringjax._kernels.tiles import MosaicDecodeTiles, merging_programs, mosaic_decode_tiles
 from ringjax._quantised import quantise
-from ringjax._schedule import slot_tiles
-from ringjax._slots import INVALID, slot_of_position
+from ringjax._window import Window
 
 LAYOUT = plgpu.Layout
 PIECE = 64  # rows of a warpgroup's product
@@ -45,10 +47,18 @@ def most_rows(problem: Problem) -> int:
     return most // 2 if problem.quantised else most
 
 
-def writes(problem: Problem) -> bool:
-    """Whether `append_attend` can write the call's tokens itself: no two programs then read what one of them writes."""
+def writes(problem: Problem, *memories: Problem) -> bool:
+    """Whether `append_attend` can write the call's tokens itself: no two programs then read what one of them writes.
+
+    And can read such memories beside: their keys and values have the ring's dtype and sizes.
+    """
+
+    def layout(problem: Problem) -> tuple[Any, ...]:
+        return problem.kv_dtype, problem.kv_heads, problem.head_dim, problem.value_dim, problem.scale, problem.softcap
+
     together = problem.queries * problem.group <= most_rows(problem)
-    return together and problem.queries <= MOST_NEW and problem.q_stride == 1
+    alike = all(memory.q_stride == 0 and layout(memory) == layout(problem) for memory in memories)
+    return together and problem.queries <= MOST_NEW and problem.q_stride == 1 and alike
 
 
 def forward(
@@ -72,7 +82,7 @@ def forward(
       tiles: None: the tuned ones.
       interpret: `plgpu.InterpretGPUParams` to run on a CPU: tests do.
     """
-    out, lse, _ = _launch(problem, rows, q, k, v, None, sink_logits, tiles, interpret)
+    out, lse, _ = _launch(problem, rows, q, k, v, None, sink_logits, (), tiles, interpret)
     return out, lse
 
 
@@ -85,6 +95,7 @@ def append_attend(
     ring_k: Array,
     ring_v: Array,
     sink_logits: Array | None,
+    memories: Sequence[Memory] = (),
     *,
     tiles: MosaicDecodeTiles | None = None,
     interpret: Any = None,
@@ -95,15 +106,17 @@ def append_attend(
     XLA copies them otherwise.
 
     Args:
-      problem: of the call; `writes(problem)` holds.
+      problem: of the call; `writes(problem)` holds, with the memories' problems.
       rows: of the ring *before* the tokens: `q_start` is its length.
       q, k, v: of the tokens: [B, T, N, H], [B, T, K, H] and [B, T, K, Hv].
       ring_k, ring_v: [B, K, C, H] and [B, K, C, Hv] in storage order.
-      sink_logits, tiles, interpret: as for `forward`.
+      sink_logits: as for `forward`.
+      memories: other rings, that every query sees all of; a row whose own ring is lost sees nothing of them either.
+      tiles, interpret: as for `forward`.
     """
-    assert writes(problem)
+    assert writes(problem, *(memory.problem for memory in memories))
     new = {"new_k": k, "new_v": v}
-    if problem.quantised:
+    if problem.quantised and interpret is not None:
         (k, k_scale), (v, v_scale) = (quantise(x, problem.kv_dtype) for x in (k, v))
         new = {"new_k": k, "new_v": v, "new_k_scale": k_scale, "new_v_scale": v_scale}
     in_place = ["k_scale", "v_scale"] if problem.quantised else []
@@ -111,60 +124,43 @@ def append_attend(
         in_place += ["length", "written"]
     refs: dict[str, Any] = {name: jax.new_ref(getattr(rows, name)) for name in in_place}
     k_ref, v_ref = jax.new_ref(ring_k), jax.new_ref(ring_v)
-    out, lse, rows = _launch(problem, rows._replace(**refs), q, k_ref, v_ref, new, sink_logits, tiles, interpret)
+    rows = rows._replace(**refs)
+    out, lse, rows = _launch(problem, rows, q, k_ref, v_ref, new, sink_logits, memories, tiles, interpret)
     rows = rows._replace(**{name: jax.freeze(ref) for name, ref in refs.items()})
     return out, lse, jax.freeze(k_ref), jax.freeze(v_ref), rows
 
 
-class _Row(NamedTuple):
-    """What one row of the batch sees of its ring: int32 scalars.
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A program's steps through one ring.
 
     Attributes:
-      newest: the age of slot `sinks`, the newest token's being 0.
-      oldest: the greatest age that any query sees; -1: none.
-      youngest: the least age that any query sees.
-      first_oldest, first_youngest: of query 0, were it alone; those of query t are less by t.
-      held: the greatest age that the ring still holds; -1: none.
-      pinned: sinks that query 0 sees on its left and up to the window's right, stored or not; None: all.
-      pinned_held: sinks that are stored.
+      name: of the ring: what the names of its operands end with.
+      problem: of reading it.
+      row, share: of what is seen of it, and of that the program's tiles.
+      before: the steps through the rings before it; None: 0.
     """
 
-    newest: Any
-    oldest: Any
-    youngest: Any
-    first_oldest: Any
-    first_youngest: Any
-    held: Any
-    pinned: Any
-    pinned_held: Any
+    name: str
+    problem: Problem
+    row: ring_walk.Row
+    share: ring_walk.Share
+    before: Any
+
+    def step(self, i: Any) -> Any:
+        """Among all steps, the one with index i through this ring."""
+        return i if self.before is None else self.before + i
+
+    def is_seen(self, slot: Any, oldest: Any, youngest: Any, pinned: Any) -> Any:
+        return ring_walk.is_seen(
+            self.problem, self.row, slot, oldest, youngest, pinned, block_size=self.share.block_size
+        )
 
 
-def _row(problem: Problem, start: Any, real: Any, length: Any, written: Any) -> _Row:
-    """Of a row with `real` queries from position `start` on."""
-    window, around = problem.window, problem.keys - problem.window.sinks
-    assert window.left is not None
-    whole = (written - length <= problem.slack) & (real > 0)
-    newest = length - window.sinks - 1
-    held = jnp.where(whole, jnp.minimum(newest, length - written + around - 1), -1)
-    last = (real - 1) * problem.q_stride
-    first_oldest = length - 1 - start + window.left
-    first_youngest = pinned = None
-    youngest = jnp.int32(0)
-    pinned_held = jnp.where(whole, jnp.minimum(length, window.sinks), 0)
-    if window.right is not None:
-        first_youngest = length - 1 - start - window.right
-        youngest = jnp.maximum(first_youngest - last, 0)
-        pinned = start + window.right + 1
-    return _Row(
-        newest=lax.rem(jnp.maximum(newest, 0), jnp.int32(around)),
-        oldest=jnp.minimum(held, first_oldest),
-        youngest=youngest,
-        first_oldest=first_oldest,
-        first_youngest=first_youngest,
-        held=held,
-        pinned=pinned,
-        pinned_held=pinned_held,
-    )
+def _all_of(memory: Problem) -> Problem:
+    """The problem of a memory, whose queries stand at its newest token: none is to their right, pinned or not."""
+    window = memory.window
+    return dataclasses.replace(memory, window=Window(window.left, None, window.sinks))
 
 
 def _launch(
@@ -175,10 +171,12 @@ def _launch(
     v: Any,
     new: dict[str, Array] | None,
     sink_logits: Array | None,
+    memories: Sequence[Memory],
     tiles: MosaicDecodeTiles | None,
     interpret: Any,
 ) -> tuple[Array, Array, Rows]:
     """The kernel; `k` and `v` are references, written to, if there are new tokens: the rows are those after them."""
+    assert new is not None or not memories
     batch, chunk, kv_heads, group = problem.batch, problem.queries, problem.kv_heads, problem.group
     dtype, out_dtype, f32 = jnp.dtype(problem.kv_dtype), jnp.dtype(problem.out_dtype), jnp.float32
     columns = 128 // dtype.itemsize  # of one load
@@ -187,19 +185,19 @@ def _launch(
     unit = finer = 1.0
     if eight:  # queries and weights have two parts
         parts, unit, finer = 2, 1.0 / eight_bits.WHOLE[dtype.name], 1.0 / eight_bits.FINER[dtype.name]
-    capacity, window = problem.keys, problem.window
-    sinks, around = window.sinks, problem.keys - window.sinks
+    problems = [problem, *(_all_of(memory.problem) for memory in memories)]
     packed = chunk * group
     row_tiles = -(-packed // most_rows(problem))
     width = min(rounded_up(packed, 8), most_rows(problem))  # queries of a program
     tiles = tiles or mosaic_decode_tiles(
         problem.tiles,
         programs=batch * kv_heads * row_tiles,
-        slots=capacity,
+        slots=sum(each.keys for each in problems),
         rows=width,
         head_dim=depth,
         value_dim=value_depth,
         itemsize=dtype.itemsize,
+        spread=not (chunk == 1 and row_tiles == 1),
     )
     block, stages, splits = tiles.block_size, tiles.stages, tiles.splits
     pieces = range(0, block, PIECE)
@@ -208,6 +206,8 @@ def _launch(
     # head, and are zeros past the end), and writes its own only. A chunk's are put together first.
     direct = chunk == 1 and row_tiles == 1
     stride, written_rows = (group, group) if direct else (row_tiles * width, width)
+    mergers = 1 if direct else merging_programs(splits, width)
+    merged = width // mergers  # queries that one of them merges
     operands: dict[str, Any] = {}
     if eight:
         operands |= {"k_scale": rows.k_scale, "v_scale": rows.v_scale}
@@ -233,6 +233,11 @@ def _launch(
     if new is not None:
         operands |= new
     operands |= {"k": k, "v": v}
+    for i, memory in enumerate(memories, 1):
+        of_memory = {"length": memory.rows.length, "written": memory.rows.written, "k": memory.k, "v": memory.v}
+        if eight:
+            of_memory |= {"k_scale": memory.rows.k_scale, "v_scale": memory.rows.v_scale}
+        operands |= {f"{name}{i}": x for name, x in of_memory.items()}
 
     results = {
         "out": jax.ShapeDtypeStruct((out_rows, value_depth), out_dtype),
@@ -242,6 +247,7 @@ def _launch(
         counts = jax.ShapeDtypeStruct((batch,), jnp.int32)
         results |= {"new_length": counts, "new_written": counts}
     readers = kv_heads * splits  # programs of one row
+    quantises = eight and new is not None and interpret is None  # the tokens, itself
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         ref = dict(zip((*operands, *results), refs, strict=True))
@@ -260,34 +266,28 @@ def _launch(
         length, written = ref["length"][b], ref["written"][b]
         before = length
         if new is None:
-            row = _row(problem, ref["start"][b], real, length, written)
+            row = ring_walk.row(problem, ref["start"][b], real, length, written)
         else:
             was_written = undisturbed(length, written, slack=problem.slack, readers=readers)
             length = length + real
             written = jnp.maximum(was_written, length)
-            row = _row(problem, before, real, length, written)
-        low, first, end = slot_tiles(
-            sinks + row.newest, row.oldest + 1, row.pinned_held, sinks=sinks, capacity=capacity, block_size=block
-        )
-        all_tiles = low + end - first
-        share = lax.div(all_tiles + (splits - 1), jnp.int32(splits))
-        mine = jnp.minimum(split * share, all_tiles)
-        count = jnp.minimum(share, all_tiles - mine)
-
-        def visit_of(slot: Any) -> Any:
-            """The place of a slot's tile among this program's; not in [0, count): another program has it."""
-            tile = lax.div(slot, jnp.int32(block))
-            return jnp.where(tile < low, tile, low + tile - first) - mine
-
-        turn = jnp.int32(0)
+            row = ring_walk.row(problem, before, real, length, written)
+        ring_rows = [row]
+        for i, each in enumerate(problems[1:], 1):
+            its_length, its_written = ref[f"length{i}"][b], ref[f"written{i}"][b]
+            is_valid = written - length <= problem.slack
+            ring_rows.append(ring_walk.row(each, its_length - 1, real, its_length, its_written, is_valid))
+        shares = ring_walk.shares(problems, ring_rows, split=split, splits=splits, block_size=block)
+        share = shares[0]
         if new is not None:  # the newest token's tile comes last: its writing hides behind the other loads
-            last_visit = visit_of(_slot(problem, length - 1) if sinks else row.newest)
-            turn = jnp.where((last_visit >= 0) & (last_visit < count), last_visit + 1, 0)
-
-        def tile_at(step: Any) -> Any:
-            place = step + turn
-            place = mine + jnp.where(place >= count, place - count, place)
-            return jnp.where(place < low, place, first + place - low)
+            newest_slot = ring_walk.slot_of(problem, length - 1) if problem.window.sinks else row.newest
+            share = shares[0] = share.ending_with(newest_slot)
+        # A program's steps: through the memories first.
+        walk: list[_Part] = []
+        steps: Any = None
+        for i in (*range(1, len(problems)), 0):
+            walk.append(_Part("" if i == 0 else str(i), problems[i], ring_rows[i], shares[i], steps))
+            steps = shares[i].count if steps is None else steps + shares[i].count
 
         program = (b * kv_heads + head) * row_tiles + row_tile
         out_row = (b * kv_heads + head) * stride + row_tile * width
@@ -296,7 +296,7 @@ def _launch(
         def _compute() -> None:
             def across(x: Any) -> Any:
                 """One number per query, to [PIECE, queries]."""
-                return lax.broadcast_in_dim(x, (PIECE, width), [1])
+                return lax.broadcast_in_dim(x, (PIECE, *x.shape), [1])
 
             def both(x: Any) -> Any:
                 """The worth of the two parts of 64 rows."""
@@ -312,34 +312,31 @@ def _launch(
             if chunk > 1 and (problem.q_stride or "q_length" in ref):
                 column = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=BY_COLUMN) + row_tile * width
                 time = lax.div(column, jnp.full_like(column, group))
-            oldest, youngest, pinned = jnp.minimum(row.held, row.first_oldest), row.first_youngest, row.pinned
-            if time is not None:
-                shift = time * problem.q_stride
-                oldest = jnp.minimum(row.first_oldest - shift, row.held)
-                oldest = across(jnp.where(time < real, oldest, -1))
-                youngest = None if youngest is None else across(youngest - shift)
-                pinned = None if pinned is None else pinned + shift
-            if sinks:
-                pinned = row.pinned_held if pinned is None else jnp.minimum(pinned, row.pinned_held)
+
+            def bounds_of(part: _Part) -> tuple[Any, Any, Any]:
+                """What each query sees of a ring: the oldest, the youngest age, and how many sinks."""
+                row, stride = part.row, part.problem.q_stride
+                oldest, youngest, pinned = jnp.minimum(row.held, row.first_oldest), row.first_youngest, row.pinned
                 if time is not None:
-                    pinned = jnp.where(time < real, pinned, 0)
-                    pinned = across(pinned)
+                    shift = time * stride
+                    oldest = jnp.minimum(row.first_oldest - shift, row.held)
+                    oldest = across(jnp.where(time < real, oldest, -1))
+                    youngest = None if youngest is None else across(youngest - shift)
+                    pinned = None if pinned is None else pinned + shift
+                if part.problem.window.sinks:
+                    pinned = row.pinned_held if pinned is None else jnp.minimum(pinned, row.pinned_held)
+                    if time is not None:
+                        pinned = jnp.where(time < real, pinned, 0)
+                        pinned = across(pinned)
+                return oldest, youngest, pinned
 
-            def seen(slot: Any, oldest: Any, youngest: Any, pinned: Any) -> Any:
-                age = row.newest - (slot - sinks)
-                age = jnp.where(age < 0, age + around, age)
-                found = age <= oldest
-                if youngest is not None:
-                    found = found & (age >= youngest)
-                if sinks:
-                    found = jnp.where(slot < sinks, slot < pinned, found)
-                if capacity % block:
-                    found = found & (slot < capacity)
-                return found
+            bounds = [bounds_of(part) for part in walk]
 
-            def clear(step: Any, stage: Any) -> None:
+            def clear(part: _Part, step: Any, stage: Any) -> None:
                 """Zeros the values that no query sees: they may be NaN, and 0 * NaN is NaN."""
-                tile_start = tile_at(step) * block
+                row, capacity, sinks = part.row, part.problem.keys, part.problem.window.sinks
+                around = capacity - sinks
+                tile_start = part.share.tile(step) * block
                 top = row.newest - (tile_start - sinks)
                 top = jnp.where(top < 0, top + around, top)
                 # Either all slots are younger than the first, or the newest and the oldest are both in the tile.
@@ -352,7 +349,7 @@ def _launch(
                 def _() -> None:
                     any_pinned = row.pinned_held
                     if row.pinned is not None:
-                        last = (real - 1) * problem.q_stride
+                        last = (real - 1) * part.problem.q_stride
                         any_pinned = jnp.minimum(any_pinned, row.pinned + last)
                     if eight:
                         for j in range(value_depth // columns):
@@ -363,7 +360,7 @@ def _launch(
                         for j in range(value_depth // PIECE):
                             at = v_smem.at[stage, j, pl.ds(c, PIECE)]
                             slot = plgpu.broadcasted_iota(jnp.int32, (PIECE, PIECE), 0, layout=LAYOUT.WGMMA)
-                            keep = seen(slot + (tile_start + c), row.oldest, row.youngest, any_pinned)
+                            keep = part.is_seen(slot + (tile_start + c), row.oldest, row.youngest, any_pinned)
                             values = plgpu.load(at, layout=LAYOUT.WGMMA)
                             at[...] = jnp.where(keep, values, jnp.zeros_like(values))
                     plgpu.commit_smem()
@@ -405,6 +402,8 @@ def _launch(
 
                         product = pl.run_scoped(multiply, plgpu.ACC((columns, parts * width), sum_dtype))
                     found += [both(product[i : i + PIECE]) for i in range(0, columns, PIECE)]
+                if interpret is not None:
+                    plgpu.commit_smem()
                 return tuple(x + y for x, y in zip(total, found, strict=True))
 
             def add_values(total: tuple[Any, ...], stage: Any) -> tuple[Any, ...]:
@@ -426,13 +425,13 @@ def _launch(
             if eight:
                 q_scale = across(plgpu.load(scratch["q_scale"], layout=BY_COLUMN, optimized=False))
 
-            def hidden_zero(i: Any) -> Any:
+            def hidden_zero(part: _Part, i: Any) -> Any:
                 """A constant stage would have the compiler keep every address in a register: 219 instead of 128."""
-                return jnp.minimum(count - 1 - i, 0)
+                return jnp.minimum(part.share.count - 1 - i, 0)
 
-            def step(i: Any, carry: Any) -> Any:
+            def step(part: _Part, bounds: tuple[Any, Any, Any], i: Any, carry: Any) -> Any:
                 total, largest, normaliser = carry
-                stage = lax.rem(i, jnp.int32(stages)) if stages > 1 else hidden_zero(i)
+                stage = lax.rem(part.step(i), jnp.int32(stages)) if stages > 1 else hidden_zero(part, i)
                 plgpu.barrier_wait(k_full.at[stage])
                 whole = logits(stage)
                 plgpu.barrier_arrive(k_free.at[stage])
@@ -446,7 +445,7 @@ def _launch(
                     if problem.softcap is not None:
                         x = jnp.tanh(x * (problem.scale / problem.softcap))
                     slot = plgpu.broadcasted_iota(jnp.int32, (PIECE, width), 0, layout=LAYOUT.WGMMA)
-                    mask = seen(slot + (tile_at(i) * block + c), oldest, youngest, pinned)
+                    mask = part.is_seen(slot + (part.share.tile(i) * block + c), *bounds)
                     if eight:  # a value's scale is a factor of its weight, which then has 1 as its bound
                         masks.append(mask)
                         x = x * factor + scale_of(stage, 1, c)
@@ -471,15 +470,15 @@ def _launch(
                         continue
                     if eight:
                         halves = eight_bits.split(x * (1.0 / unit), dtype)
-                        for i, half in enumerate(halves):
-                            p_smem[pl.ds(i * width, width), pl.ds(c, PIECE)] = half.T
+                        for n, half in enumerate(halves):
+                            p_smem[pl.ds(n * width, width), pl.ds(c, PIECE)] = half.T
                         continue
                     at = p_smem.at[:, pl.ds(c, PIECE)]
                     at.T[...] = plgpu.layout_cast(x.astype(dtype), LAYOUT.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(v_full.at[stage])
                 if not eight or (dtype != jnp.int8 and interpret is None):
-                    clear(i, stage)
+                    clear(part, i, stage)
                 total = (add_eight_bits if eight else add_values)(total, stage)
                 plgpu.barrier_arrive(v_free.at[stage])
                 return total, new_largest, normaliser
@@ -487,8 +486,14 @@ def _launch(
             zeros = plgpu.layout_cast(jnp.zeros((PIECE, width), f32), LAYOUT.WGMMA)
             total = (zeros,) * (value_depth // PIECE)
             largest = plgpu.layout_cast(jnp.full((width,), FLOOR, f32), BY_COLUMN)
-            total, largest, normaliser = lax.fori_loop(0, count, step, (total, largest, zeros))
+            normaliser = zeros
+            for part, its_bounds in zip(walk, bounds, strict=True):
+                through = functools.partial(step, part, its_bounds)
+                carry = total, largest, normaliser
+                total, largest, normaliser = lax.fori_loop(0, part.share.count, through, carry)
             largest = across(largest)
+
+            from_query = split * merged if mergers > 1 else 0  # of the program's, those that it merges begin here
 
             def share_and_lse(largest: Any, normaliser: Any) -> tuple[Any, Any]:
                 """From the maximum and the sums by key, both [PIECE, queries]; the same in all rows."""
@@ -496,7 +501,8 @@ def _launch(
                 found = normaliser != 0.0  # NaN shows
                 sum_of_all = normaliser
                 if "sink_logits" in ref:
-                    at = ref["sink_logits"].at[pl.ds((head * row_tiles + row_tile) * width, width)]
+                    first = (head * row_tiles + row_tile) * width + from_query
+                    at = ref["sink_logits"].at[pl.ds(first, merged)]
                     sink = across(plgpu.load(at, layout=BY_COLUMN, optimized=False))
                     sum_of_all = sum_of_all + jnp.exp2(sink - largest)
                 share = jnp.where(found, unit / sum_of_all, 0.0)
@@ -510,14 +516,15 @@ def _launch(
                         eight_bits.store_output(pieces[j : j + 2], out_smem, PIECE * j)
                     pieces = []
                 for j, part in enumerate(pieces):
-                    at = out_smem.at[:, pl.ds(PIECE * j, PIECE)]
+                    at = out_smem.at[pl.ds(0, merged), pl.ds(PIECE * j, PIECE)]
                     _store(at.T, plgpu.layout_cast(part.astype(out_dtype), LAYOUT.WGMMA_TRANSPOSED))
-                _store(lse_smem, lse)
+                _store(lse_smem.at[:, pl.ds(0, merged)], lse)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    out_smem.at[pl.ds(0, written_rows)], ref["out"].at[pl.ds(out_row, written_rows)]
-                )
-                plgpu.copy_smem_to_gmem(lse_smem.at[0], ref["lse"].at[program])
+                its_rows = written_rows if mergers == 1 else merged
+                to = ref["out"].at[pl.ds(out_row + from_query, its_rows)]
+                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, its_rows)], to)
+                to = ref["lse"].at[program, pl.ds(from_query, merged)]
+                plgpu.copy_smem_to_gmem(lse_smem.at[0, pl.ds(0, merged)], to)
                 plgpu.wait_smem_to_gmem(0)
 
             if splits == 1:
@@ -526,41 +533,47 @@ def _launch(
                 return
             peer_smem, peer_full = scratch["peer_smem"], scratch["peer_full"]
 
-            @pl.when(split > 0)
-            def _send() -> None:
+            def send() -> None:
                 def put(x: Any, at: int) -> None:
-                    plgpu.async_store_smem(
-                        x,
-                        peer_smem.at[split - 1, pl.ds(at, PIECE)],
-                        peer_full,
-                        cluster_idx=jnp.int32(0),
-                        cluster_dim="split",
-                    )
+                    for i in range(mergers):
+                        plgpu.async_store_smem(
+                            x if mergers == 1 else x[:, i * merged : (i + 1) * merged],
+                            peer_smem.at[split - int(mergers == 1), pl.ds(at, PIECE)],
+                            peer_full,
+                            cluster_idx=jnp.int32(i),
+                            cluster_dim="split",
+                        )
 
                 for j, x in enumerate(total):
                     put(x, PIECE * j)
                 put(largest, value_depth)
                 put(normaliser, value_depth + PIECE)
 
-            @pl.when(split == 0)
+            # The one that merges all has its own part in registers; of several, each gets its queries of all parts.
+            if mergers == 1:
+                pl.when(split > 0)(send)
+            else:
+                send()
+
+            @pl.when(split < mergers)
             def _merge() -> None:
                 plgpu.barrier_wait(peer_full)
 
                 def get(peer: int, at: int) -> Any:
                     return plgpu.load(peer_smem.at[peer, pl.ds(at, PIECE)], layout=LAYOUT.WGMMA)
 
-                peers = range(splits - 1)
-                maxima = [largest, *(get(i, value_depth) for i in peers)]
+                peers, held = (range(splits - 1), True) if mergers == 1 else (range(splits), False)
+                maxima = [largest] * held + [get(i, value_depth) for i in peers]
                 top = functools.reduce(jnp.maximum, maxima)
                 weights = [jnp.exp2(x - top) for x in maxima]
-                sums = [normaliser, *(get(i, value_depth + PIECE) for i in peers)]
+                sums = [normaliser] * held + [get(i, value_depth + PIECE) for i in peers]
                 weight, lse = share_and_lse(
                     top, functools.reduce(jnp.add, [w * x for w, x in zip(weights, sums, strict=True)])
                 )
                 weights = [w * weight for w in weights]
 
                 def mix(j: int) -> Any:
-                    found = [total[j], *(get(i, PIECE * j) for i in peers)]
+                    found = [total[j]] * held + [get(i, PIECE * j) for i in peers]
                     return functools.reduce(jnp.add, [w * x for w, x in zip(weights, found, strict=True)])
 
                 write([mix(j) for j in range(len(total))], lse)
@@ -577,16 +590,17 @@ def _launch(
 
             if not eight:
                 fetch(ref["q"].at[pl.ds(out_row, width)], q_into, q_full)
+            count = share.count
             ready = issue = jnp.int32(-1)  # the steps before which the new tokens are in the ring, are sent there
             if new is not None:
-                new_k, new_v, new_full = scratch["new_k"], scratch["new_v"], scratch["new_full"]
+                new_k, new_v = scratch["new_k"], scratch["new_v"]
 
                 def visits(t: Any) -> tuple[Any, Any]:
-                    slot = _slot(problem, before + t)
+                    slot = ring_walk.slot_of(problem, before + t)
                     if chunk == 1:
-                        return slot, jnp.where((turn > 0) & (real > 0), count - 1, count)
-                    visit = visit_of(slot)
-                    step = visit - turn
+                        return slot, jnp.where((share.turn > 0) & (real > 0), count - 1, count)
+                    visit = share.visit_of(slot)
+                    step = visit - share.turn
                     step = jnp.where(step < 0, step + count, step)
                     return slot, jnp.where((visit >= 0) & (visit < count) & (t < real), step, count)
 
@@ -595,15 +609,22 @@ def _launch(
                     ready = jnp.minimum(ready, visits(jnp.int32(t))[1])
                 issue = jnp.minimum(ready, stages)
 
-                @pl.when(ready < count)
-                def _fetch() -> None:
+                def fetch_new() -> None:
                     at = (b, pl.ds(0, chunk), head)
                     for name, into in (("new_k", new_k), ("new_v", new_v)):
                         tokens = ref[name].at[(*at, pl.ds(zero, into.shape[1]))]
-                        plgpu.copy_gmem_to_smem(tokens, into, new_full)
+                        plgpu.copy_gmem_to_smem(tokens, into, scratch["new_full"])
+
+                if not quantises:
+                    pl.when(ready < count)(fetch_new)
 
             def put_new() -> None:
-                plgpu.barrier_wait(new_full)
+                if quantises:
+                    for name, into in (("new_k", new_k), ("new_v", new_v)):
+                        eight_bits.store_tokens(ref[name], into, scratch[f"{name}_scale"], b, head, dtype)
+                    plgpu.commit_smem()
+                else:
+                    plgpu.barrier_wait(scratch["new_full"])
 
                 def put(t: Any, _: Any) -> Any:
                     slot, step = visits(t)
@@ -613,7 +634,12 @@ def _launch(
                         for name, tokens, size in (("k", new_k, problem.head_dim), ("v", new_v, problem.value_dim)):
                             plgpu.copy_smem_to_gmem(tokens.at[t, pl.ds(0, size)], ref[name].at[b, head, slot])
                             if eight:  # by every thread: each then reads what it wrote itself
-                                ref[f"{name}_scale"][b, head, slot] = ref[f"new_{name}_scale"][b, t, head]
+                                scale = (
+                                    scratch[f"new_{name}_scale"][t]
+                                    if quantises
+                                    else ref[f"new_{name}_scale"][b, t, head]
+                                )
+                                ref[f"{name}_scale"][b, head, slot] = scale
 
                     return ()
 
@@ -622,33 +648,36 @@ def _launch(
                 else:
                     lax.fori_loop(0, chunk, put, ())
 
-            def load(i: Any, _: Any) -> Any:
-                stage, slots = lax.rem(i, jnp.int32(stages)), pl.ds(tile_at(i) * block, block)
-                if new is not None:
+            def load(part: _Part, i: Any, _: Any) -> Any:
+                step, slots = part.step(i), pl.ds(part.share.tile(i) * block, block)
+                stage = lax.rem(step, jnp.int32(stages))
+                if new is not None and part.share is share:
                     pl.when((i == issue) & (ready < count))(put_new)
                     # Written, not merely read from shared memory: the load must see it.
                     pl.when(i == ready)(lambda: plgpu.wait_smem_to_gmem(0))
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[stage]))
-                fetch(ref["k"].at[b, head, slots], k_into.at[stage], k_full.at[stage])
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[stage]))
-                fetch(ref["v"].at[b, head, slots], v_into.at[stage], v_full.at[stage])
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(k_free.at[stage]))
+                fetch(ref["k" + part.name].at[b, head, slots], k_into.at[stage], k_full.at[stage])
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(v_free.at[stage]))
+                fetch(ref["v" + part.name].at[b, head, slots], v_into.at[stage], v_full.at[stage])
                 if eight:
                     scales = scratch["scales"].at[stage]
-                    of_keys, of_values = ref["k_scale"].at[b, head], ref["v_scale"].at[b, head]
+                    of_keys, of_values = (ref[name + part.name].at[b, head] for name in ("k_scale", "v_scale"))
                     if interpret is None:
-                        eight_bits.load_scales(of_keys, of_values, scales, tile_at(i) * block, capacity)
+                        at = part.share.tile(i) * block
+                        eight_bits.load_scales(of_keys, of_values, scales, at, part.problem.keys)
                     else:
                         least = jnp.maximum(of_values[slots], eight_bits.LEAST)
                         scales[...] = jnp.stack([of_keys[slots], jnp.log2(least), 1.0 / least])
                     plgpu.barrier_arrive(scratch["scales_full"].at[stage])
                 return ()
 
-            lax.fori_loop(0, count, load, ())
+            for part in walk:
+                lax.fori_loop(0, part.share.count, functools.partial(load, part), ())
             if new is not None and interpret is None:
                 plgpu.barrier_wait(scratch["counts_read"])
                 step = jnp.int32(problem.slack + 1)
                 last = was_written + (readers - 1) * step
-                _count(ref["length"].at[b], ref["written"].at[b], step, last, length, written)
+                count_in(ref["length"].at[b], ref["written"].at[b], step, last, length, written)
             elif new is not None:
 
                 @pl.when((head == 0) & (split == 0))
@@ -663,7 +692,7 @@ def _launch(
                     plgpu.barrier_wait(v_free.at[lax.rem(i, jnp.int32(stages))])
                     return ()
 
-                lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
+                lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, ())
 
     scratch = {
         "q_smem": _two_forms((depth // columns, parts * width, columns), dtype, interpret),
@@ -685,15 +714,19 @@ def _launch(
     if new is not None:
         scratch["new_k"] = plgpu.SMEM((chunk, depth), dtype)
         scratch["new_v"] = plgpu.SMEM((chunk, value_depth), dtype)
-        scratch["new_full"] = plgpu.Barrier(num_arrivals=2)
+        if quantises:
+            scratch |= {f"new_{name}_scale": plgpu.SMEM((chunk,), f32) for name in ("k", "v")}
+        else:
+            scratch["new_full"] = plgpu.Barrier(num_arrivals=2)
         if interpret is None:
             scratch["counts_read"] = plgpu.Barrier()
     grid: dict[str, Any] = {"grid": (row_tiles, kv_heads, batch), "grid_names": ("rows", "head", "batch")}
     if splits > 1:
         # Stores into another program's shared memory want 8 floats a row: a swizzle of 32 bytes.
         transforms = (plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32))
-        scratch["peer_smem"] = plgpu.SMEM((splits - 1, value_depth + 2 * PIECE, width), f32, transforms=transforms)
-        scratch["peer_full"] = plgpu.Barrier(num_arrivals=(value_depth // PIECE + 2) * (splits - 1))
+        senders = splits - 1 if mergers == 1 else splits
+        scratch["peer_smem"] = plgpu.SMEM((senders, value_depth + 2 * PIECE, merged), f32, transforms=transforms)
+        scratch["peer_full"] = plgpu.Barrier(num_arrivals=(value_depth // PIECE + 2) * senders)
         grid |= {"cluster": (splits,), "cluster_names": ("split",)}
     else:
         grid = {"grid": (1, *grid["grid"]), "grid_names": ("split", *grid["grid_names"])}
@@ -725,59 +758,12 @@ def _launch(
     return out.reshape(batch, chunk, problem.heads, problem.value_dim), lse, rows
 
 
-def undisturbed(length: Any, written: Any, *, slack: int, readers: int) -> Any:
-    """`written` as it was before the launch, of a row that some of its `readers` programs have counted themselves in.
-
-    A launch writes the row's counters in place, and no program of it waits for another. So none may write before all
-    have read; each adds slack + 1 to `written` when it has, and the one that finds itself the last writes both
-    counters (`_count`). Until then `length` stays, and `written`, which was `length` and up to the slack, or
-    `INVALID`, can be told: an array of arrivals would be one to be cleared before each launch. The sum may overflow.
-    """
-    ahead = written - length
-    behind = (ahead >= 0) & (ahead < (slack + 1) * readers)
-    return jnp.where(behind, length + lax.rem(ahead, jnp.int32(slack + 1)), INVALID)
-
-
-def _count(length: Any, written: Any, step: Any, last: Any, new_length: Any, new_written: Any) -> None:
-    """Adds `step` to `written`; who finds `last` there writes the new counters."""
-    scalar = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), scalar, scalar, scalar, scalar))
-    def count(_: Any, length: Any, written: Any, *numbers: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        one_thread = arith.extui(i32, utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP))
-        pointers = [utils.memref_ptr(x) for x in (length, written)]
-        llvm.inline_asm(
-            None,
-            [*pointers, *(x.registers.item() for x in numbers), one_thread],
-            """{
-            .reg .pred mine, last;
-            .reg .b32 found;
-            setp.ne.b32 mine, $6, 0;
-            mov.b32 found, 0;
-            @mine atom.acq_rel.gpu.global.add.u32 found, [$1], $2;
-            setp.eq.and.b32 last, found, $3, mine;
-            @last st.global.b32 [$0], $4;
-            @last st.global.b32 [$1], $5;
-            }""",
-            "l,l,r,r,r,r,r",
-            has_side_effects=True,
-        )
-
-    count(length, written, step, last, new_length, new_written)
-
-
 def _store(ref: Any, value: Any) -> None:
     """To shared memory that is not tiled, with conflicts of banks: it is little, and only once."""
     if hasattr(plgpu, "store"):  # jax >= 0.12, which refuses conflicts elsewhere
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
-
-
-def _slot(problem: Problem, position: Any) -> Any:
-    """Scalar, for positions that may be negative: those of rows without tokens, whose slot nobody uses."""
-    return slot_of_position(jnp.maximum(position, 0), sinks=problem.window.sinks, capacity=problem.keys)
 
 
 def _two_forms(shape: tuple[int, ...], dtype: Any, interpret: Any) -> Any:

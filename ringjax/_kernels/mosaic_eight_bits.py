@@ -24,6 +24,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, memref, vector
 
 from ringjax._kernels.mosaic_tile import plgpu
+from ringjax._quantised import LARGEST
 
 WHOLE = {"int8": 127.0, "float8_e4m3fn": 128.0}
 """The largest magnitude of a first part."""
@@ -115,6 +116,96 @@ def store_queries(q: Any, into: Any, scales: Any, first: Any, rows: int, dtype: 
                     llvm.store(_permute(a, b, order), _at(start, offset, tile * 1024 + word % 2 * 4))
 
     store(q, into, scales, first)
+
+
+def store_tokens(new: Any, into: Any, scales: Any, row: Any, head: Any, dtype: Any) -> None:
+    """Quantises tokens by one warpgroup, each by a warp: the same bits as `ringjax._quantised.quantise` jitted by XLA.
+
+    Which divides with `div.full.f32`, and by a constant by multiplying.
+
+    Args:
+      new: keys or values [B, T, K, H] in device memory.
+      into: shared memory [T, H or more] in `dtype`.
+      scales: shared memory, float32 [T].
+      row, head: which of B and K.
+      dtype: of the ring.
+    """
+    (_, tokens, _, size), largest_step = new.shape, LARGEST[jnp.dtype(dtype).name]
+    columns, whole = 128, jnp.dtype(dtype) == jnp.int8  # of a warp: four of each lane
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+    )
+    def store(_: Any, new: Any, into: Any, scales: Any, row: Any, head: Any) -> None:
+        f32, i32, index = ir.F32Type.get(), _i32(), ir.IndexType.get()
+        (warp, _, _), start, zero = _thread(), utils.memref_ptr(into), utils.c(0.0, ir.F32Type.get())
+        at_row, at_head = (arith.index_cast(index, x.registers.item()) for x in (row, head))
+        column = arith.muli(arith.remui(utils.thread_idx(), _number(32)), _number(4))
+        for first in range(0, tokens, 4):
+            # Past the last token there is that one again, and the same is stored twice.
+            token = arith.minsi(arith.addi(warp, _number(first)), _number(tokens - 1))
+            at_token, found, largest = arith.index_cast(index, token), [], zero
+            for i in range(-(-size // columns) * 4):
+                at = arith.addi(column, _number(i // 4 * columns + i % 4))
+                within = arith.cmpi(arith.CmpIPredicate.slt, at, _number(size))
+                at = arith.index_cast(index, arith.minsi(at, _number(size - 1)))
+                x = arith.extf(f32, memref.load(new, [at_row, at_token, at_head, at]))
+                found.append(arith.select(within, x, zero))
+                largest = arith.maximumf(largest, math.absf(found[-1]))
+            for distance in (1, 2, 4, 8, 16):
+                largest = arith.maximumf(largest, utils.shfl_bfly(largest, distance))
+            scale = _asm(f32, _SCALE.format(share=_hex(1.0 / largest_step)), largest)
+            below, above = (utils.c(x, f32) for x in (0.0, float("inf")))
+            real = arith.andi(
+                arith.cmpf(arith.CmpFPredicate.OGT, scale, below), arith.cmpf(arith.CmpFPredicate.OLT, scale, above)
+            )
+            divisor = arith.select(real, scale, utils.c(1.0, f32))
+            step = _STEP.format(least=_hex(-largest_step), most=_hex(largest_step))
+            steps = [_asm(f32, step, arith.select(real, x, zero), divisor) for x in found]
+            for i in range(0, len(steps), 4):
+                if whole:
+                    a, b, c, d = (_asm(i32, "cvt.rni.s32.f32 $0, $1;", x) for x in steps[i : i + 4])
+                    word = _permute(_permute(a, b, 0x0040), _permute(c, d, 0x0040), 0x5410)
+                else:
+                    word = _asm(i32, _FOUR_FLOAT8, *steps[i : i + 4])
+                at = arith.addi(column, _number(i // 4 * columns))
+                within = arith.cmpi(arith.CmpIPredicate.slt, at, _number(size))
+                offset = arith.addi(arith.muli(token, _number(into.type.shape[1])), at)
+                with utils.when(within):
+                    llvm.store(word, _at(start, offset))
+            memref.store(scale, scales, [at_token])
+
+    store(new, into, scales, row, head)
+
+
+_SCALE = """{{
+    .reg .f32 x;
+    .reg .b32 bits, odd;
+    .reg .pred p;
+    mul.rn.f32 x, $1, {share};
+    mov.b32 bits, x;
+    bfe.u32 odd, bits, 8, 1;
+    add.s32 bits, bits, odd;
+    add.s32 bits, bits, 127;
+    and.b32 bits, bits, -256;
+    setp.nan.f32 p, x, x;
+    @!p mov.b32 x, bits;
+    setp.lt.f32 p, x, 0f00800000;
+    selp.f32 $0, 0f00000000, x, p;
+    }}"""
+"""A token's scale, to 16 significant bits, from its largest magnitude; NaN stays, and too little becomes 0."""
+_STEP = """{{
+    .reg .f32 x;
+    div.full.f32 x, $1, $2;
+    max.f32 x, x, {least};
+    min.f32 $0, x, {most};
+    }}"""
+_FOUR_FLOAT8 = """{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+    mov.b32 $0, {low, high};
+    }"""
 
 
 def _i32() -> Any:

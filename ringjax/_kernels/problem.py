@@ -5,7 +5,7 @@ so that a test can pretend to be on any device. `Rows` holds the integers of eac
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -107,6 +107,21 @@ class Rows(NamedTuple):
     v_scale: jax.Array | None = None
 
 
+class Memory(NamedTuple):
+    """A ring beside that of a call, which every query of the call sees all of, in the same softmax.
+
+    Attributes:
+      problem: of reading it alone, with the call's queries, all of which stand at its newest token (`q_stride` 0).
+      rows: of that.
+      k, v: [B, K, C, H] and [B, K, C, Hv], in storage order.
+    """
+
+    problem: Problem
+    rows: Rows
+    k: jax.Array
+    v: jax.Array
+
+
 class Walk(NamedTuple):
     """Which pairs of a query and a key an implementation computes, masked ones and overhang included: for `explain`.
 
@@ -128,6 +143,20 @@ class Walk(NamedTuple):
     rows_apart: bool = False
     skips: bool = False
     one_pass: Callable[[int], bool] | None = None
+
+
+def zero_where_padding(x: jax.Array, real: jax.Array) -> jax.Array:
+    """x [B, T, ...] with zeros where `real` [B, T] is False, and no gradient there."""
+    return jnp.where(real[:, :, *[None] * (x.ndim - 2)], x, jnp.zeros((), x.dtype))
+
+
+def without_padding(rows: Rows, queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The arrays `queries` [B, T, ...] and then `keys` [B, S, ...] with zeros where the segments say padding."""
+    if rows.q_segments is None or rows.kv_segments is None:
+        return *queries, *keys
+    real, kv_real = rows.q_segments >= 0, rows.kv_segments >= 0
+    clean = [zero_where_padding(x, real) for x in queries]
+    return *clean, *(zero_where_padding(x, kv_real) for x in keys)
 
 
 def query_positions(problem: Problem, rows: Rows, queries: Any) -> jax.Array:

@@ -120,7 +120,9 @@ def mosaic_forward_tiles(
     while with a group of four they gain 8% at W = 4096. Turns gave 6% at head sizes 64 and 128, where the exponentials
     take as long as the products, and cost 3% at 256. With a softcap there are twice as many: a quarter of them by a
     polynomial took row A from 510 to 537 TFLOP/s (an eighth: 527, half: 516) and row C from 259 to 297, and cost 3% on
-    row D; without one they cost 3 to 6% on row C. (One H200, jax 0.11.2, 2026-11-22.)
+    row D; without one they cost 3 to 6% on row C. Once each thread kept its own sums to the end, row A had 495 with
+    none, 546 with an eighth, 544 with a quarter and 543 with three eighths; without turns 490. (One H200, jax 0.11.2,
+    2026-11-22 and 23.)
     """
     largest = 128 if head_dim <= 128 else 64
     block = largest if tiles.block_size is None else min(largest, max(64, tiles.block_size // 64 * 64))
@@ -210,8 +212,21 @@ class MosaicDecodeTiles(NamedTuple):
     overlap: bool = False
 
 
+def merging_programs(splits: int, rows: int) -> int:
+    """Of the programs that split the tiles of `rows` queries, how many merge: each 8 queries or a multiple of them."""
+    return max(n for n in range(1, splits + 1) if rows // 8 % n == 0)
+
+
 def mosaic_decode_tiles(
-    tiles: Tiles, *, programs: int, slots: int, rows: int, head_dim: int, value_dim: int, itemsize: int = 2
+    tiles: Tiles,
+    *,
+    programs: int,
+    slots: int,
+    rows: int,
+    head_dim: int,
+    value_dim: int,
+    itemsize: int = 2,
+    spread: bool = False,
 ) -> MosaicDecodeTiles:
     """Sizes for the Hopper decode kernel.
 
@@ -223,7 +238,8 @@ def mosaic_decode_tiles(
     launches follow each other in a stream, nothing in a CUDA graph, and cost 1% at 16 rows. With 8 bits a number, two
     stages let several programs share a multiprocessor: 137 us at 64 rows, 138 with three, 142 with one; at head size
     256 one stage took 147, two 153; and 16 rows took 41.5 with two splits, 43.2 with one. (One H200, jax 0.11.2,
-    2026-11-22; docs/decoding.md.)
+    2026-11-22; docs/decoding.md.) With 64 queries a program and `spread`, one row has 8 splits where one program could
+    merge 2: checked, not timed.
 
     Args:
       tiles: what the caller asked for; only `block_size` has a say.
@@ -232,6 +248,7 @@ def mosaic_decode_tiles(
       rows: queries of a program.
       head_dim, value_dim: multiples of 64; of 128 with one byte a number.
       itemsize: bytes of a key's or value's number.
+      spread: whether several programs merge (`merging_programs`), or one.
     """
     splits = 1
     while splits < 8 and programs * splits < 120 and 2 * splits <= -(-slots // 128):
@@ -248,7 +265,9 @@ def mosaic_decode_tiles(
         """Bytes of shared memory."""
         ring = stages * (block * (head_dim + value_dim) * itemsize + 12 * block * (2 - itemsize))
         queries = rows * (2 * head_dim + 2 * block + 4 * value_dim + 256 + 16) + 16 * 2 * (head_dim + value_dim)
-        return ring + queries + (splits - 1) * (value_dim + 128) * rows * 4 + 4096
+        mergers = merging_programs(splits, rows) if spread else 1
+        parts = splits - 1 if mergers == 1 else splits
+        return ring + queries + parts * (value_dim + 128) * (rows // mergers) * 4 + 4096
 
     while held(block, stages, splits) > 227 * 1024:
         if stages > 1:
