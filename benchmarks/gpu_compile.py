@@ -6,6 +6,7 @@ laid out over two devices, and its launches are counted.
 """
 # ruff: noqa: E402 (jax reads the environment when it is imported)
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks.ptxas import ALLOWED, judge
 from ringjax import Window
 from ringjax._kernels import cudnn, mosaic
-from ringjax._kernels.problem import Problem, Rows
+from ringjax._kernels.problem import Memory, Problem, Rows
 from ringjax._op import op
 
 TARGET = """
@@ -56,6 +57,7 @@ LINEAR = {
     "128 both sides": (FUSED, {"window": Window(1000, 300)}),
     "128 softcap, sink logits": (FUSED, {"softcap": 50.0, "sink_logits": True}),
     "128 sinks": (FUSED, {"window": Window.causal(4096, sinks=4)}),
+    "64 segments": (FUSED, {"head_dim": 64, "window": Window.causal(1024), "segments": True}),
     "128 segments": (FUSED, {"segments": True}),
     "128 offsets": (FUSED, {"q_offset": None}),
     "128 float16": (FUSED, {"dtype": "float16"}),
@@ -70,8 +72,10 @@ LINEAR = {
 CHUNK = {
     "chunk 64": (1, {"head_dim": 64}),
     "chunk 128": (1, {}),
-    "chunk 256": (1, {"head_dim": 256, "window": Window.causal(4096)}),  # with sinks 80 bytes, on tiles with a mask
+    "chunk 256": (1, {"head_dim": 256}),
+    "chunk 256, slots by 8": (1, {"head_dim": 256, "window": Window.causal(4096)}),
     "chunk 128, all": (1, {"softcap": 30.0, "sink_logits": True, "ragged": True}),
+    "chunk 128, slots by 8": (1, {"window": Window.causal(4096)}),
 }
 DECODE = {
     "decode 64": (1, {"head_dim": 64}),
@@ -80,10 +84,22 @@ DECODE = {
     "decode 256": (1, {"head_dim": 256}),
     "decode 80, softcap, sink logits": (1, {"head_dim": 80, "softcap": 30.0, "sink_logits": True}),
     "decode 128, 16 tokens": (1, {"queries": 16, "slack": 15, "ragged": True}),
+    "decode 128, 16 tokens, one row": (1, {"batch": 1, "queries": 16, "slack": 15, "sink_logits": True}),
     "decode 128, memory": (1, {"out_dtype": "float32", "q_stride": 0, "window": Window(999, 999)}),
     "decode 128, int8": (1, {"kv_dtype": "int8"}),
     "decode 128, float8": (1, {"kv_dtype": "float8_e4m3fn"}),
     "decode 64, int8, 8 tokens": (1, {"head_dim": 64, "kv_dtype": "int8", "queries": 8, "slack": 7}),
+    "decode 128, int8, 8 tokens, one row": (1, {"batch": 1, "kv_dtype": "int8", "queries": 8, "slack": 7}),
+}
+# A decoder's call: two encoder's rings, of windows that see both sides, beside its own.
+BESIDE = {
+    "beside 64": (1, {"head_dim": 64}),
+    "beside 128, one row": (1, {"batch": 1}),
+    "beside 128": (1, {"softcap": 30.0, "sink_logits": True}),
+    "beside 256": (1, {"head_dim": 256}),
+    "beside 128, 16 tokens": (1, {"queries": 16, "slack": 15, "ragged": True}),
+    "beside 128, int8": (1, {"kv_dtype": "int8"}),
+    "beside 64, float8, 8 tokens": (1, {"head_dim": 64, "kv_dtype": "float8_e4m3fn", "queries": 8, "slack": 7}),
 }
 
 
@@ -166,6 +182,23 @@ def compile_decode(mesh, options):
     return problem, jax.jit(call).lower(*_ring_arrays(mesh, problem))
 
 
+def compile_beside(mesh, options):
+    """A decoder's call: tokens into its ring, and attention to that and to two others, in one launch."""
+    more = {"batch": 64, "queries": 1, "heads": 32, "kv_heads": 8, "window": Window.causal(1000, sinks=3)}
+    problem, window = ring_facts(options, **more), Window(2000, 2000, sinks=3)
+    ring = {"window": window, "keys": 2004, "slack": 0}
+    memory = dataclasses.replace(problem, **ring, q_stride=0, out_dtype="float32", sink_logits=False)
+    assert mosaic.writes(problem, memory, memory)
+
+    def call(q, new, ring, scale, count, sinks, other, other_scale):
+        rows, sinks = _ring_rows(problem, count, scale), sinks if problem.sink_logits else None
+        memories = [Memory(memory, _ring_rows(memory, count + 7 * i, other_scale), other, other) for i in (1, 2)]
+        return mosaic.append_attend(problem, rows, q, new, new, ring, -ring, sinks, memories)
+
+    others = _ring_arrays(mesh, memory)[2:4]
+    return problem, jax.jit(call).lower(*_ring_arrays(mesh, problem), *others)
+
+
 # On two devices: how q is split, how k and v are, and what of (B, T, N, H) = (2, 512, 8, 64) one device computes.
 CUDNN = {
     "cudnn, rows split": (PartitionSpec("x"), PartitionSpec("x"), "1,8,512,64"),
@@ -193,10 +226,12 @@ def count_cudnn(mesh, q_spec, kv_spec, part):
     return [sum(f'"__cudnn$fmhaSoftmax{which}"' in line for line in launches) for which in ("", "Backward")]
 
 
-# Where more bytes pass: the backward at head size 256 with a softcap, segments and both sides, all at once.
-MORE = {"256 all": 112}
+# Where more bytes pass: the backward at head size 256 with a softcap, segments and both sides, all at once; chunks
+# against rings whose slots are no multiple of 8, on tiles with a mask; and what the fused backward at head size 64
+# keeps of a tile of packed keys.
+MORE = {"256 all": 112, "chunk 256": 112, "64 segments": 80}
 
-KINDS = ((compile_linear, LINEAR), (compile_chunk, CHUNK), (compile_decode, DECODE))
+KINDS = ((compile_linear, LINEAR), (compile_chunk, CHUNK), (compile_decode, DECODE), (compile_beside, BESIDE))
 
 
 def main(names):

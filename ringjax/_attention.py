@@ -82,12 +82,7 @@ def attention(
     )
     problem = dataclasses.replace(problem, lse=return_lse)
     q, k, v, sink_logits = arrays
-    if rows.q_segments is not None and rows.kv_segments is not None:
-        q = _zero_where_padding(q, rows.q_segments >= 0)
-        k, v = (_zero_where_padding(x, rows.kv_segments >= 0) for x in (k, v))
     out, lse = op(problem, resolve(problem, "attention", implementation), rows, q, k, v, sink_logits)
-    if rows.q_segments is not None:
-        out = _zero_where_padding(out, rows.q_segments >= 0)
     return (out, lse) if return_lse else out
 
 
@@ -173,8 +168,3 @@ def _tiles(call: str, config: Any) -> Tiles:
         size = getattr(config, field)
         sizes[field] = None if size is None else _inputs.as_int(call, f"config.{field}", size, least=1)
     return Tiles(**sizes)
-
-
-def _zero_where_padding(x: Array, real: Array) -> Array:
-    """x [B, T, ...] with zeros where `real` [B, T] is False, and no gradient there."""
-    return jnp.where(real[:, :, *[None] * (x.ndim - 2)], x, jnp.zeros((), x.dtype))

@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ringjax import _inputs
-from ringjax._attention import _canonical, _zero_where_padding
+from ringjax._attention import _canonical
 from ringjax._kernels import resolve
 from ringjax._kernels.tiles import TileSizes
 from ringjax._op import op_backward
@@ -63,17 +63,9 @@ def attention_gradients(
         _inputs.check_array(call, name, x, axes)
         if x.shape != wanted:
             raise ValueError(f"{call}: {name} must have shape {list(wanted)}, got {_inputs.describe(x)}.")
-    real = kv_real = None
-    if rows.q_segments is not None and rows.kv_segments is not None:  # as `attention` does around the operation
-        real, kv_real = rows.q_segments >= 0, rows.kv_segments >= 0
-        q, g = _zero_where_padding(q, real), _zero_where_padding(jnp.asarray(g), real)
-        k, v = _zero_where_padding(k, kv_real), _zero_where_padding(v, kv_real)
     g_lse = jnp.zeros_like(lse) if g_lse is None else g_lse
     name = resolve(problem, call, implementation)
     _, dq, dk, dv, d_sinks = op_backward(
-        problem, name, (rows, q, k, v, sink_logits, jnp.asarray(out), jnp.asarray(lse)), (g, g_lse)
+        problem, name, (rows, q, k, v, sink_logits, jnp.asarray(out), jnp.asarray(lse)), (jnp.asarray(g), g_lse)
     )
-    if real is not None and kv_real is not None:
-        dq = _zero_where_padding(dq, real)
-        dk, dv = _zero_where_padding(dk, kv_real), _zero_where_padding(dv, kv_real)
     return dq, dk, dv, d_sinks

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from ringjax import _inputs
 from ringjax._attend import _ring_problem, _ring_rows, _run
-from ringjax._attention import _options, _zero_where_padding, attention
+from ringjax._attention import _options, attention
 from ringjax._buffer import RingBuffer, _as_seen
+from ringjax._kernels.problem import zero_where_padding
 from ringjax._kernels.tiles import TileSizes
 from ringjax._merge import apply_sinks, merge
 from ringjax._window import Window
@@ -315,7 +316,7 @@ def attend_over_sequence(
             facts = _options(call, q, None, softcap, scale, config)
             problem = _ring_problem(q, buffer, facts, "float32", here)
             rows = _ring_rows(buffer, buffer.length + rank * size, here)
-            queries = q if ids is None else _zero_where_padding(q, ids >= 0)
+            queries = q if ids is None else zero_where_padding(q, ids >= 0)
             return _run(call, implementation, problem, rows, queries, buffer.k, buffer.v, None)
 
         def nothing() -> tuple[Array, Array]:

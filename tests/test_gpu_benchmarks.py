@@ -259,7 +259,7 @@ def test_chunks_are_checked_before_they_are_timed(capsys):
 
     assert not gpu_chunks.measure(chunk, batches=1, batch_s=0.01, candidates=candidates)
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert sorted(line[2] for line in lines if "REFUSED" not in line[3]) == sorted(
+    assert sorted(line[3] for line in lines if "REFUSED" not in line[4]) == sorted(
         ["attend", "attend by xla", "attention to the same pairs"]
     )
-    assert [line[2] for line in lines if "REFUSED" in line[3]] == ["wider"]
+    assert [line[3] for line in lines if "REFUSED" in line[4]] == ["wider"]

@@ -140,11 +140,12 @@ def test_a_stream_in_chunks_is_the_whole(chunks):
     cases.assert_close(np.concatenate(outs, axis=1), exact, plain)
 
 
-def test_a_chunk_copies_no_ring():
+@pytest.mark.parametrize("sinks", [0, 3, 4])
+def test_a_chunk_copies_no_ring(sinks):
     """The tokens are padded to whole tiles; what is not there is anything as large as the ring."""
-    ring = rj.RingBuffer.empty(2, 2, 128, Window.causal(4096))
+    ring = rj.RingBuffer.empty(4, 2, 128, Window.causal(4096, sinks=sinks))
     step = jax.jit(lambda ring, q, k, v: rj.attend(q, k, v, ring), donate_argnums=0)
-    compiled = step.lower(ring, *a_stream(130)).compile()
+    compiled = step.lower(ring, *a_stream(130, batch=4)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < ring.k.nbytes
 
 

@@ -60,6 +60,30 @@ def test_attention_does_not_read_padding(name):
         assert_same(run(poison(q, q_padding, value), *kv, sink_logits, poison(g, q_padding, value), g_lse), clean)
 
 
+def test_gradients_from_residuals_and_batches_of_calls_do_not_read_padding():
+    """`attention_gradients`, and both calls under `vmap`: a batch of a clean and of two poisoned calls agrees."""
+    case = cases.BY_NAME["padded"]
+    arrays = cases.arrays(case)
+    padding = np.asarray(arrays.segment_ids) < 0
+    assert padding.any()
+
+    @jax.jit
+    @jax.vmap
+    def run(q, k, v, g):
+        options = cases.options(case, arrays)
+        out, lse = rj.attention(q, k, v, case.window, return_lse=True, **options)
+        options = {"g_lse": arrays.g_lse, **options}
+        return out, jnp.exp(lse), rj.attention_gradients(q, k, v, case.window, out, lse, g, **options)
+
+    values = [0.0, *POISONS]
+    found = run(*(np.stack([poison(x, padding, value) for value in values]) for x in (*arrays[:3], arrays.g)))
+    clean, *others = [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(values))]
+    for other in others:
+        assert_same(other, clean)
+    for x in clean[2][:3]:
+        assert np.asarray(x).any() and not np.asarray(x)[padding].any()
+
+
 @pytest.mark.parametrize("window", [W.causal(3), W.causal(2, sinks=2)], ids=str)
 def test_attention_does_not_load_tiles_that_no_query_sees(window):
     """Keys a tile or more away from all that is seen, on either side, and between the sinks and the window."""

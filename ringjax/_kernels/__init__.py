@@ -4,7 +4,8 @@ Dispatch is pure: from the static facts of a call to a choice. An implementation
 `unsupported(problem) -> list[str]` (why it cannot run; empty: it can), `forward` and `backward`. It may say of problems
 that their `backward` is another's (`differentiates(problem) -> bool`), may offer to write into a ring what it then
 attends to (`writes`, `append_attend`; see `ringjax/_in_place.py`) or to attend to a ring and a longer chunk in one
-launch (`extends`, `extend`; see `ringjax/_attend.py`), and may tell `explain` which pairs it computes (`walk(problem)
+launch (`extends`, `extend`; see `ringjax/_attend.py`), may leave alone what stands where segments say padding
+(`ignores_padding = True`; others get zeros there), and may tell `explain` which pairs it computes (`walk(problem)
 -> Walk | None`).
 """
 
@@ -43,6 +44,11 @@ def resolve(problem: Problem, call: str, implementation: str | None) -> str:
         against = {implementation: against[implementation]}
     facts = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in against.items())
     raise NotImplementedError(f"{first}\n{facts}")
+
+
+def ignores_padding(implementation: str) -> bool:
+    """Whether `forward` and `backward` take arrays that hold anything where segments say padding, NaN too."""
+    return getattr(IMPLEMENTATIONS[implementation], "ignores_padding", False)
 
 
 def backward_of(problem: Problem, implementation: str) -> str:

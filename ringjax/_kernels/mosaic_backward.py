@@ -14,7 +14,7 @@ from jax import Array, lax
 from ringjax._kernels import mosaic_backward_fused, mosaic_backward_split
 from ringjax._kernels.mosaic_backward_tile import Call
 from ringjax._kernels.mosaic_tile import LOG2E, pad_axis, rounded_up
-from ringjax._kernels.problem import Problem, Rows
+from ringjax._kernels.problem import Problem, Rows, without_padding
 from ringjax._kernels.tiles import MosaicBackwardTiles, mosaic_backward_tiles
 
 
@@ -41,6 +41,8 @@ def backward(
     )
     if problem.deterministic:
         sizes = sizes._replace(fused=False)
+    if not sizes.fused:  # which knows how to do without these copies
+        q, g, k, v = without_padding(rows, [q, g], [k, v])
     queries, keys = problem.queries, problem.keys
     padded_queries, padded_keys = rounded_up(queries, 128), rounded_up(keys, 128)
     # An empty row's weights are exp(x - inf) = 0, and so are those of the padding.

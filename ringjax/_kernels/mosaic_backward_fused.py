@@ -16,7 +16,9 @@ from jax.experimental import pallas as pl
 from ringjax._kernels.mosaic_backward_tile import (
     ROWS,
     Call,
+    clear,
     drain,
+    ids_by_tile,
     multiply,
     positions_of,
     query_steps,
@@ -106,6 +108,9 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
     steps_of, extra = query_steps(call, tile, block)
     own_steps_of, own_extra = query_steps(call, tile, ROWS, "own_bounds")
     extra = extra | own_extra
+    if with_segments := "q_segments" in call.operands:
+        extra["q_ids"] = ids_by_tile(call.operands["q_segments"], tile)
+        extra["kv_ids"] = ids_by_tile(call.operands["kv_segments"], ROWS)
     names = (*call.operands, *extra, "dq", "dk", "dv")
     # The interpreter has no reduction: there, each key tile's share of dq stays apart.
     apart = call.interpret is not None
@@ -113,6 +118,8 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
     def kernel(*refs: Any, k_smem, v_smem, q_smem, g_smem, statistics, d_smem, dq_smem, **rest):  # type: ignore[no-untyped-def]
         ref = dict(zip(names, refs, strict=True))
         kv_full, q_full, g_full = rest["kv_full"], rest["q_full"], rest["g_full"]
+        q_ids: Any = rest.get("q_ids")
+        k_ids: Any = rest.get("k_ids")
         q_free, g_free, d_full = rest["q_free"], rest["g_free"], rest["d_full"]
         kv_head, row, key_tile = item_at(lax.axis_index("item"))
         warpgroup = lax.axis_index("warpgroup")
@@ -174,6 +181,28 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                     part = d_logits[:, h * ROWS : (h + 1) * ROWS] if halves_q > 1 else d_logits
                     d_smem.at[d_slot(i), h, mine_rows][...] = part
 
+            def await_tiles(i: Any) -> None:
+                """The queries and cotangents of a step are there, and zero where they are padding."""
+                slot, slot_of_g = q_slot(i), g_slot(i)
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(g_full.at[slot_of_g])
+
+                def clear_both() -> None:
+                    pieces = [(x, r, c) for x in range(2) for r in range(halves_q) for c in range(halves_d)]
+                    for w in range(warpgroups):
+
+                        @pl.when(warpgroup == w)
+                        def _(mine: Any = pieces[w::warpgroups]) -> None:
+                            for x, r, c in mine:
+                                at = (slot, slot_of_g)[x], pl.ds(r * ROWS, ROWS), pl.ds(c * ROWS, ROWS)
+                                clear((q_smem, g_smem)[x].at[at], q_ids.at[slot, 0, pl.ds(r * ROWS, ROWS)])
+
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(rest["cleared"])
+                    plgpu.barrier_wait(rest["cleared"])
+
+                pl.when(q_ids[slot, 1, 0] > 0)(clear_both)
+
             def nothing() -> Any:
                 return plgpu.layout_cast(jnp.zeros((ROWS, tile), dtype), plgpu.Layout.WGMMA)
 
@@ -199,11 +228,21 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(v_smem.at[0, mine_rows], target.at[row, pl.ds(first, ROWS), kv_head])
 
+            if with_segments:
+                plgpu.barrier_wait(kv_full)
+
+                @pl.when(k_ids[warpgroup, 1, 0] > 0)
+                def _clear() -> None:
+                    for h in range(halves_d):
+                        for piece in (k_smem.at[0, h, mine_rows], v_smem.at[0, mine_rows, pl.ds(h * ROWS, ROWS)]):
+                            clear(piece, k_ids.at[warpgroup, 0])
+
             # Step -1 does not exist: its d_logits are zero, so that the loop needs no first step of its own.
             write_d(-1, nothing())
             plgpu.commit_smem()
             plgpu.barrier_arrive(d_full)
-            plgpu.barrier_wait(kv_full)
+            if not with_segments:
+                plgpu.barrier_wait(kv_full)
 
             def body(dk_acc: Any, dv_acc: Any) -> Any:
                 def step(i: Any, _: Any, *, masked: bool) -> Any:
@@ -212,13 +251,17 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                     # Unknown to be 0, it keeps the addresses of K and V out of registers that live across the loop
                     # (220 -> 0 B of spills).
                     zero = lax.optimization_barrier(jnp.int32(0))
-                    plgpu.barrier_wait(q_full.at[slot])
+                    if clears := masked and with_segments:
+                        await_tiles(i)
+                    else:
+                        plgpu.barrier_wait(q_full.at[slot])
 
                     def products(logits_acc: Any, dp_acc: Any) -> Any:
                         for h in range(halves_d):
                             half = pl.ds(h * ROWS, ROWS)
                             plgpu.wgmma(logits_acc, k_smem.at[zero, h, mine_rows], q_smem.at[slot, :, half].T)
-                        plgpu.barrier_wait(g_full.at[slot_of_g])
+                        if not clears:
+                            plgpu.barrier_wait(g_full.at[slot_of_g])
                         plgpu.wgmma(dp_acc, v_smem.at[zero, mine_rows], g_smem.at[slot_of_g].T)
                         # dk of the step before is done too.
                         logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
@@ -227,7 +270,8 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                         lse = plgpu.load(statistics.at[slot, 0], layout=BY_COLUMN)
                         positions = None
                         if masked:
-                            positions = positions_of(call, ref, row, query_tile * tile, first, (ROWS, tile), 1)
+                            ids = (q_ids.at[slot, 0], k_ids.at[warpgroup, 0]) if with_segments else None
+                            positions = positions_of(call, ref, row, query_tile * tile, first, (ROWS, tile), 1, ids)
                         weights, slope = weights_of(problem, logits, lse, 1, positions, 1)
                         # Behind the arithmetic below.
                         multiply(dv_acc, weights.astype(dtype), g_smem.at[slot_of_g], warpgroup, rest)
@@ -249,9 +293,13 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                     slot, slot_of_g = q_slot(i), g_slot(i)
                     zero = lax.optimization_barrier(jnp.int32(0))
                     plgpu.wgmma_wait(0)  # dk of the step before
-                    plgpu.barrier_wait(q_full.at[slot])
+                    if with_segments:
+                        await_tiles(i)
+                    else:
+                        plgpu.barrier_wait(q_full.at[slot])
                     plgpu.barrier_arrive(q_free.at[q_slot(i + q_stages - 1)])
-                    plgpu.barrier_wait(g_full.at[slot_of_g])
+                    if not with_segments:
+                        plgpu.barrier_wait(g_full.at[slot_of_g])
                     finish(i, zero, nothing(), lambda: plgpu.barrier_arrive(g_free.at[slot_of_g]))
                     add_dq_before(i)
                     return ()
@@ -282,6 +330,9 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                 half = ref["k"].at[row, here, kv_head, pl.ds(h * ROWS, ROWS)]
                 plgpu.copy_gmem_to_smem(half, k_smem.at[0, h], kv_full)
             plgpu.copy_gmem_to_smem(ref["v"].at[row, here, kv_head], v_smem.at[0], kv_full)
+            if with_segments:
+                own = pl.ds(key_tile * warpgroups, warpgroups)
+                plgpu.copy_gmem_to_smem(ref["kv_ids"].at[row, own], k_ids, kv_full)
 
             def load(i: Any, _: Any) -> Any:
                 query_tile, head = where(i)
@@ -290,6 +341,8 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                 pl.when(i >= q_stages - 1)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                 plgpu.copy_gmem_to_smem(ref["q"].at[row, here, head], q_smem.at[slot], q_full.at[slot])
                 plgpu.copy_gmem_to_smem(ref["statistics"].at[row, head, :, here], statistics.at[slot], q_full.at[slot])
+                if with_segments:
+                    plgpu.copy_gmem_to_smem(ref["q_ids"].at[row, query_tile], q_ids.at[slot], q_full.at[slot])
                 pl.when(i >= g_stages)(lambda: plgpu.barrier_wait(g_free.at[slot_of_g]))
                 plgpu.copy_gmem_to_smem(ref["g"].at[row, here, head], g_smem.at[slot_of_g], g_full.at[slot_of_g])
                 return ()
@@ -305,6 +358,11 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
                 lax.fori_loop(jnp.maximum(total, q_stages - 1), total + q_stages - 1, drain_q, ())
                 drain(call, total, (g_free, g_stages))
 
+    ids_smem: dict[str, Any] = {}
+    if with_segments:
+        ids_smem["q_ids"] = plgpu.SMEM((q_stages, 2, tile), jnp.int32)
+        ids_smem["k_ids"] = plgpu.SMEM((warpgroups, 2, ROWS), jnp.int32)
+        ids_smem["cleared"] = plgpu.Barrier(num_arrivals=warpgroups)
     shape = (batch, heads, padded_queries, depth)
     sums: Any = jax.new_ref(jnp.zeros((tiles, *shape), jnp.float32) if apart else zeros(call, shape))
     dk, dv = run(
@@ -323,12 +381,13 @@ def dq_dk_dv(call: Call) -> tuple[Array, Array, Array]:
             "statistics": plgpu.SMEM((q_stages, 2, tile), jnp.float32),
             "d_smem": swizzled((2, halves_q, block, ROWS), dtype),
             "dq_smem": swizzled((warpgroups, ROWS, ROWS), jnp.float32),
-            "kv_full": plgpu.Barrier(num_arrivals=halves_d + 1),
-            "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=q_stages),
+            "kv_full": plgpu.Barrier(num_arrivals=halves_d + 1 + with_segments),
+            "q_full": plgpu.Barrier(num_arrivals=2 + with_segments, num_barriers=q_stages),
             "g_full": plgpu.Barrier(num_barriers=g_stages),
             "q_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=q_stages),
             "g_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=g_stages),
             "d_full": plgpu.Barrier(num_arrivals=warpgroups),
+            **ids_smem,
             **staging(call, tile, "left"),
         },
     )

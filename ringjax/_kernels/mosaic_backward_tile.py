@@ -52,19 +52,45 @@ def offset(call: Call, ref: dict[str, Any], row: Any) -> Any:
 
 
 def positions_of(
-    call: Call, ref: dict[str, Any], row: Any, q_first: Any, k_first: Any, shape: tuple[int, int], q_axis: int
+    call: Call,
+    ref: dict[str, Any],
+    row: Any,
+    q_first: Any,
+    k_first: Any,
+    shape: tuple[int, int],
+    q_axis: int,
+    ids: tuple[Any, Any] | None = None,
 ) -> Positions:
-    """Of a tile of `shape` from query index `q_first` and key index `k_first` on."""
+    """Of a tile of `shape` from query index `q_first` and key index `k_first` on.
+
+    `ids`: the queries' and the keys' segments in shared memory; None: they are read from global memory.
+    """
     problem, q_segments, k_segments = call.problem, None, None
     if "q_segments" in ref:
         layouts = (BY_ROW, BY_COLUMN)
-        q_at = ref["q_segments"].at[row, pl.ds(q_first, shape[q_axis])]
-        k_at = ref["kv_segments"].at[row, pl.ds(k_first, shape[1 - q_axis])]
-        q_segments = plgpu.load(q_at, layout=layouts[q_axis], optimized=False)
-        k_segments = plgpu.load(k_at, layout=layouts[1 - q_axis], optimized=False)
+        at: Any = ids
+        if ids is None:
+            q_at = ref["q_segments"].at[row, pl.ds(q_first, shape[q_axis])]
+            at = q_at, ref["kv_segments"].at[row, pl.ds(k_first, shape[1 - q_axis])]
+        q_segments = plgpu.load(at[0], layout=layouts[q_axis], optimized=ids is not None)
+        k_segments = plgpu.load(at[1], layout=layouts[1 - q_axis], optimized=ids is not None)
     distance = q_first + offset(call, ref, row) - k_first
     overhang = problem.keys if problem.keys % 128 else None
     return Positions(problem.window, overhang, distance, k_first, q_segments, k_segments)
+
+
+def ids_by_tile(ids: Array, tile: int) -> Array:
+    """Segment ids [B, T] as int32 [B, tiles, 2, tile]: those of a tile, and whether it holds padding, 1 or 0."""
+    tiles = ids.reshape(ids.shape[0], -1, tile)
+    padded = (tiles.min(-1, keepdims=True) < 0).astype(jnp.int32)
+    return jnp.stack([tiles, jnp.broadcast_to(padded, tiles.shape)], axis=2)
+
+
+def clear(piece: Any, ids: Any) -> None:
+    """Zeros those of 64 rows of 64 numbers in shared memory that are padding: they may be NaN, and 0 * NaN is NaN."""
+    values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
+    real = lax.broadcast_in_dim(plgpu.load(ids, layout=BY_ROW), (ROWS, ROWS), [0]) >= 0
+    piece[...] = jnp.where(real, values, jnp.zeros_like(values))
 
 
 def weights_of(

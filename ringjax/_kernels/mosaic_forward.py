@@ -10,6 +10,8 @@ where they are (`extend`). Softmax does not care about order, so the tiles that 
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +19,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from ringjax._kernels.mosaic_chunk_walk import NOWHERE, Ring, Seen, Walk, ring_before, walk_over
 from ringjax._kernels.mosaic_tile import (
     BY_COLUMN,
     BY_ROW,
     LOG2E,
     Positions,
-    Steps,
+    hold_padding,
     pad_axis,
     plgpu,
     rounded_up,
@@ -33,8 +36,7 @@ from ringjax._kernels.mosaic_tile import (
 )
 from ringjax._kernels.problem import Problem, Rows
 from ringjax._kernels.tiles import MosaicForwardTiles, mosaic_forward_tiles
-from ringjax._schedule import RingSteps, key_tiles, ring_steps
-from ringjax._window import Window
+from ringjax._schedule import key_tiles
 
 ROWS = 64  # of a warpgroup's product
 
@@ -58,146 +60,7 @@ ROUND = 1.5 * 2**23
 """A float32 plus this, minus this, is a whole number, which stands in the sum's last bits."""
 EXP2 = (0.99992807, 0.69326099, 0.24261112, 0.05517166)
 """2**x for |x| <= 1/2, to 1e-4: a twentieth of what rounding the weights to bfloat16 costs."""
-NOWHERE = 2**30
-"""The position of what no query sees: after all of them."""
-
-
-class _Ring(NamedTuple):
-    """One row's ring before a chunk, int32 scalars; positions count from the chunk's first token.
-
-    Attributes:
-      capacity, sinks, block_size: of the ring and its tiles.
-      newest: the slot of the newest token that is not pinned.
-      oldest: the greatest age that is stored and that the chunk's first query sees; the newest token's is 0.
-      held: the greatest age that is stored.
-      pinned: sinks that are stored.
-      length: tokens before the chunk.
-      real: tokens of the chunk.
-    """
-
-    capacity: int
-    sinks: int
-    block_size: int
-    newest: Any
-    oldest: Any
-    held: Any
-    pinned: Any
-    length: Any
-    real: Any
-
-    @property
-    def circle(self) -> int:
-        """Slots that are not pinned."""
-        return self.capacity - self.sinks
-
-    def steps(self, window: Window, first: Any, size: int) -> RingSteps:
-        """The tiles that queries [first, first + size) of the chunk need."""
-        assert window.left is not None
-        last = jnp.minimum(first + size, self.real) - 1
-        some = first < self.real
-        return ring_steps(
-            self.newest,
-            jnp.where(some, jnp.minimum(self.held, window.left - 1 - first), -1),
-            window.left - 1 - last,
-            jnp.where(some, self.pinned, 0),
-            sinks=self.sinks,
-            capacity=self.capacity,
-            block_size=self.block_size,
-        )
-
-    def position(self, slot: Any, here: Any, age: Any) -> Any:
-        """Positions of slots, or of the chunk's tokens if not `here`; `NOWHERE` if older than `age` or not stored."""
-        scalar = functools.partial(jnp.where, here)
-        newest, none = self.newest, jnp.int32(NOWHERE)
-        found = slot - jnp.where(slot > scalar(newest, none), self.circle, 0) - scalar(newest + 1, jnp.int32(0))
-        stored = (found >= scalar(-1 - age, jnp.int32(0))) & (slot < scalar(jnp.int32(self.capacity), self.real))
-        found = jnp.where(stored, found, NOWHERE)
-        if self.sinks:
-            pinned = jnp.where(slot < self.pinned, slot - self.length, NOWHERE)
-            found = jnp.where(slot < scalar(jnp.int32(self.sinks), jnp.int32(0)), pinned, found)
-        return found
-
-
-def _ring(problem: Problem, real: Any, length: Any, written: Any, block: int) -> _Ring:
-    window, circle = problem.window, problem.keys - problem.window.sinks
-    assert window.left is not None
-    whole = written - length <= problem.slack
-    held = jnp.where(whole, jnp.minimum(length - window.sinks - 1, length - written + circle - 1), -1)
-    return _Ring(
-        capacity=problem.keys,
-        sinks=window.sinks,
-        block_size=block,
-        newest=window.sinks + lax.rem(jnp.maximum(length - window.sinks - 1, 0), jnp.int32(circle)),
-        oldest=jnp.minimum(held, window.left - 1),
-        held=held,
-        pinned=jnp.where(whole, jnp.minimum(length, window.sinks), 0),
-        length=length,
-        real=real,
-    )
-
-
-class _Seen(NamedTuple):
-    """What decides whether a query of a chunk's tile sees a slot of the ring, or (not `here`) a token of the chunk.
-
-    Attributes:
-      window, ring: what a query sees; the ring before the chunk.
-      q_first, k_first: index of the tile's first query in the chunk, of the first slot or token.
-      here: whether the tile is the ring's.
-    """
-
-    window: Window
-    ring: _Ring
-    q_first: Any
-    k_first: Any
-    here: Any
-
-    def visible(self, shape: tuple[int, int], q_axis: int) -> Any:
-        """Boolean tile of `shape`, queries along `q_axis`, which is 0."""
-        assert q_axis == 0
-        window, ring = self.window, self.ring
-        query = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=BY_ROW) + self.q_first
-        slot = plgpu.broadcasted_iota(jnp.int32, (shape[1],), 0, layout=BY_COLUMN) + self.k_first
-        key = lax.optimization_barrier(ring.position(slot, self.here, ring.held))
-        near = key
-        if window.sinks:  # however far back they are
-            near = lax.optimization_barrier(jnp.where(key < window.sinks - ring.length, NOWHERE, key))
-        query = lax.broadcast_in_dim(lax.optimization_barrier(query), shape, [0])
-        key, near = (lax.broadcast_in_dim(x, shape, [1]) for x in (key, near))
-        assert window.left is not None
-        seen = query - near <= window.left
-        return seen & (key < NOWHERE if window.right is None else query - key >= -window.right)
-
-
-class _Walk(NamedTuple):
-    """The tiles of a ring (None: there is none) and then of the keys that one query tile needs, as steps.
-
-    Steps [full_first, full_end) need no mask.
-    """
-
-    ring: RingSteps | None
-    keys: Steps
-    full_first: Any
-    full_end: Any
-    count: Any
-
-    def tile(self, step: Any) -> Any:
-        """The tile of a step, of the ring or of the keys."""
-        if self.ring is None:
-            return self.keys.tile(step)
-        return jnp.where(self.of_ring(step), self.ring.tile(step), self.keys.tile(step - self.ring.count))
-
-    def of_ring(self, step: Any) -> Any:
-        assert self.ring is not None
-        return step < self.ring.count
-
-
-def _walk(ring: RingSteps | None, keys: Steps) -> _Walk:
-    if ring is None:
-        return _Walk(None, keys, keys.full_first, keys.full_end, keys.count)
-    # Where the ring has full tiles, the window's left edge is not among the chunk's keys. One more step than must be
-    # has a mask: then no tile that may hold unseen values is left for the loop that looks at none.
-    full_first = ring.masked + keys.full_first
-    return _Walk(ring, keys, full_first + 1, ring.count + keys.full_end, ring.count + keys.count)
+PARTS = 8  # columns among which a row's sum of bounded weights is split: those of WGMMA's layout
 
 
 def extend(
@@ -222,12 +85,23 @@ def extend(
       ring_k, ring_v: [B, K, C, D] in storage order.
       sink_logits, tiles, interpret: as for `forward`.
     """
-    # What TMA takes apart into rows of WGMMA's tiles; the interpreter loads nothing past an array's end.
     depth = q.shape[3]
     block = (tiles or mosaic_forward_tiles(problem.tiles, head_dim=depth, group=problem.group)).block_size
-    slots = rounded_up(problem.keys, 8 if interpret is None else block)
-    ring = tuple(pad_axis(x, 2, slots) for x in (ring_k, ring_v))
+    ring = tuple(_rows_of(x, block, interpret) for x in (ring_k, ring_v))
     return _launch(problem, rows, q, k, v, ring, sink_logits, tiles, interpret)
+
+
+def _rows_of(ring: Array, block: int, interpret: Any) -> Array:
+    """A ring as TMA can take it apart into WGMMA's tiles, which are of 8 rows.
+
+    [B, K, C, D] with C a multiple of 8, or else the rows of all heads one after the other, [B K C, D]: tiles then begin
+    up to 7 slots early, with the end of the head before. Neither is a copy, unless B K C is no multiple of 8.
+    """
+    past = 0 if interpret is None else block  # the interpreter loads nothing past an array's end
+    if ring.shape[2] % 8 == 0:
+        return pad_axis(ring, 2, rounded_up(ring.shape[2], max(past, 8)))
+    flat = ring.reshape(-1, ring.shape[3])
+    return pad_axis(flat, 0, rounded_up(flat.shape[0], 8) + past)
 
 
 def forward(
@@ -278,7 +152,6 @@ def _launch(
     own_output = depth <= 128 or out_dtype != dtype
     out_columns = depth if out_dtype == dtype else 64 if depth <= 128 else 32
     window = problem.window
-    snake = window.left is None and tiles.heads_inner
     # Exponentials of logits that a softcap keeps so small can be summed as they are: no maximum, no rescaling.
     bounded = problem.softcap is not None and problem.softcap <= MOST_CAPPED and dtype == jnp.bfloat16
     # Sinks that are no constant keys of the array: those of its keys whose positions are so small.
@@ -301,6 +174,7 @@ def _launch(
     operands: dict[str, Array] = {"q": q, "k": k, "v": v}
     if sink_logits is not None:
         operands["sink_logits"] = sink_logits.astype(jnp.float32)
+    flat_ring = ring_arrays is not None and ring_arrays[0].ndim == 2
     if ring_arrays is not None:
         assert rows.length is not None and rows.written is not None
         operands |= {"ring_k": ring_arrays[0], "ring_v": ring_arrays[1]}
@@ -315,6 +189,8 @@ def _launch(
         operands["q_segments"] = pad_axis(rows.q_segments, 1, q.shape[1], -1)
         operands["kv_segments"] = pad_axis(rows.kv_segments, 1, k.shape[1], -1)
         operands["bounds"] = _segment_bounds(problem, rows, operands, bounds, query_tiles, tile, block)
+    with_segments = "bounds" in operands
+    snake = window.left is None and tiles.heads_inner
 
     def kernel(*refs: Any, **scratch: Any) -> None:
         ref = dict(zip((*operands, "out", "lse"), refs, strict=True))
@@ -360,21 +236,26 @@ def _launch(
             """Position of key 0, where sinks need it."""
             return of_row("kv_start" if ring_arrays is None else "length", row) if moving else None
 
-        def ring_of(row: Any) -> _Ring:
+        def ring_start(row: Any, head: Any) -> Any:
+            """The row of the flat ring with which a head begins."""
+            return (row * problem.kv_heads + lax.div(head, jnp.int32(group))) * problem.keys
+
+        def ring_of(row: Any, head: Any) -> Ring:
             real = of_row("q_length", row)
             real = jnp.int32(queries) if real is None else real
-            return _ring(problem, real, ref["length"][row], ref["written"][row], block)
+            shift = ring_start(row, head) & 7 if flat_ring else None
+            return ring_before(problem, real, ref["length"][row], ref["written"][row], block, shift)
 
-        def walk_of(row: Any, query_tile: Any) -> _Walk:
+        def walk_of(row: Any, head: Any, query_tile: Any) -> Walk:
             real = of_row("q_length", row)
-            if "bounds" in ref:
+            if with_segments:
                 found = tuple(ref["bounds"][row, query_tile, i] for i in range(5))
             else:
                 found = bounds(query_tile, offset_of(row), real, kv_start_of(row))
             own = steps(*found, tiles=key_tile_count)
             if ring_arrays is None:
-                return _walk(None, own)
-            return _walk(ring_of(row).steps(window, query_tile * tile, tile), own)
+                return walk_over(None, own, ref["bounds"][row, query_tile, 5] if with_segments else 0)
+            return walk_over(ring_of(row, head).steps(window, query_tile * tile, tile), own)
 
         def slot_of(step: Any) -> Any:
             return lax.rem(step, jnp.int32(stages))
@@ -422,14 +303,24 @@ def _launch(
                     logits = jnp.where(mask, logits, -jnp.inf)
                 if bounded:
                     weights = exp2(logits * factor, mask is None)
-                    return weights, largest, normaliser + weights.sum(axis=1), None
+                    # Sums of every eighth column: those of whole rows would pass numbers from thread to thread.
+                    parts = [weights[:, c : c + PARTS] for c in range(0, block, PARTS)]
+                    return weights, largest, normaliser + functools.reduce(operator.add, parts), None
                 new_largest = jnp.maximum(largest, logits.max(axis=1) * factor)
                 finite = new_largest if mask is None else jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
                 shrink = jnp.exp2(largest - finite)
                 weights = exp2(logits * factor - lax.broadcast_in_dim(finite, logits.shape, [0]), mask is None)
                 return weights, new_largest, normaliser * shrink + weights.sum(axis=1), shrink
 
-            def first_logits(k_slot: Any) -> Any:
+            def ids_of(k_slot: Any) -> Any:
+                """Segments of a tile's keys; None: there are none."""
+                if not with_segments:
+                    return None
+                ids = plgpu.load(scratch["ids_smem"].at[k_slot], layout=BY_COLUMN)
+                plgpu.commit_smem()  # TMA writes there next
+                return ids
+
+            def first_logits(k_slot: Any) -> tuple[Any, Any]:
                 await_turn()
                 plgpu.barrier_wait(k_full.at[k_slot])
 
@@ -439,8 +330,9 @@ def _launch(
                     return acc[...]
 
                 logits = pl.run_scoped(product, plgpu.ACC((ROWS, block), jnp.float32))
+                k_segments = ids_of(k_slot)
                 plgpu.barrier_arrive(k_free.at[k_slot])
-                return logits
+                return logits, k_segments
 
             def add_values(total_acc: Any, total: Any, weights: Any, v_slot: Any, wait: bool = True) -> Any:
                 """Issues total += weights @ values; the interpreter has no products with a register operand."""
@@ -453,8 +345,8 @@ def _launch(
                 plgpu.commit_smem()
                 return total
 
-            def clear(tile_start: Any, v_slot: Any, held: _Ring) -> None:
-                """Zeros the values that no query of the chunk sees: they may be NaN, and 0 * NaN is NaN."""
+            def clear(v_slot: Any, seen_from: Callable[[int], Any]) -> None:
+                """Zeros the values that nobody sees, by rows of the tile: they may be NaN, and 0 * NaN is NaN."""
                 pieces = [(r, c) for r in range(0, block, ROWS) for c in range(0, depth, ROWS)]
                 for w in range(warpgroups):
 
@@ -462,9 +354,7 @@ def _launch(
                     def _(mine: Any = pieces[w::warpgroups]) -> None:
                         for r, c in mine:
                             piece = v_smem.at[v_slot, pl.ds(r, ROWS), pl.ds(c, ROWS)]
-                            slot = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW) + (tile_start + r)
-                            at = held.position(slot, jnp.bool_(True), held.oldest)
-                            seen = lax.broadcast_in_dim(at, (ROWS, ROWS), [0]) != NOWHERE
+                            seen = seen_from(r)
                             values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
                             piece[...] = jnp.where(seen, values, jnp.zeros_like(values))
 
@@ -474,47 +364,62 @@ def _launch(
 
             def run_item(number: Any, done: Any) -> Any:
                 row, head, query_tile = item(number)
-                walk = walk_of(row, query_tile)
+                walk = walk_of(row, head, query_tile)
                 here = pl.ds(query_tile * tile + warpgroup * ROWS, ROWS)
                 q_first = query_tile * tile + warpgroup * ROWS + offset_of(row)
                 q_segments = None
-                if "q_segments" in ref:
+                if with_segments:
                     q_segments = plgpu.load(ref["q_segments"].at[row, here], layout=BY_ROW, optimized=False)
 
-                held = None if ring_arrays is None else ring_of(row)
+                held = None if ring_arrays is None else ring_of(row, head)
 
-                def again() -> tuple[_Ring, _Walk]:
+                def again() -> tuple[Ring, Walk]:
                     """The ring and the walk, anew: kept from step to step their numbers would spill (200 -> 50 B)."""
                     assert held is not None
-                    crowded = depth > 128 or window.sinks > 0
-                    ring = ring_of(lax.optimization_barrier(row)) if crowded else held
+                    crowded = depth > 128 or window.sinks > 0 or flat_ring
+                    ring = ring_of(*map(lax.optimization_barrier, (row, head))) if crowded else held
                     first = lax.optimization_barrier(query_tile) * tile
                     return ring, walk._replace(ring=ring.steps(window, first, tile))
 
-                def positions(step: Any) -> Positions | _Seen:
+                def positions(step: Any, k_segments: Any) -> Positions | Seen:
                     if held is not None:
                         ring, anew = again()
-                        return _Seen(window, ring, q_first, anew.tile(step) * block, anew.of_ring(step))
+                        here = anew.of_ring(step)
+                        k_first = anew.tile(step) * block
+                        if flat_ring:
+                            k_first = jnp.where(here, ring.first_slot(anew.tile(step)), k_first)
+                        return Seen(window, ring, q_first, k_first, here)
                     k_first = walk.tile(step) * block
-                    k_segments = None
-                    if "q_segments" in ref:
-                        at = ref["kv_segments"].at[row, pl.ds(k_first, block)]
-                        k_segments = plgpu.load(at, layout=BY_COLUMN, optimized=False)
                     overhang = keys if keys % block else None
                     sinks = window.sinks - kv_start_of(row) if moving else None
                     return Positions(window, overhang, q_first - k_first, k_first, q_segments, k_segments, sinks)
+
+                def real_from(step: Any, r: int) -> Any:
+                    """Which keys of a step, from row r on, are no padding."""
+                    at = ref["kv_segments"].at[row, pl.ds(walk.tile(step) * block + r, ROWS)]
+                    ids = plgpu.load(at, layout=BY_ROW, optimized=False)
+                    return lax.broadcast_in_dim(ids, (ROWS, ROWS), [0]) >= 0
 
                 def wait_and_clear(step: Any) -> None:
                     """The values of a step are there, and what nobody sees of them is zero."""
                     v_slot = slot_of(done + step)
                     plgpu.barrier_wait(v_full.at[v_slot])
+                    if with_segments:
+                        pl.when(walk.padded > 0)(lambda: clear(v_slot, lambda r: real_from(step, r)))
+                        return
                     ring, anew = again()
                     assert anew.ring is not None
-                    start = anew.ring.tile(step) * block
+                    start = ring.first_slot(anew.ring.tile(step))
                     greatest = ring.newest - start
                     greatest = jnp.where(greatest < 0, greatest + ring.circle, greatest)
                     unseen = (step < anew.ring.mixed) | (greatest > ring.oldest)
-                    pl.when(anew.of_ring(step) & unseen)(lambda: clear(start, v_slot, ring))
+
+                    def seen_from(r: int) -> Any:
+                        slot = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW) + (start + r)
+                        at = ring.position(slot, jnp.bool_(True), ring.oldest)
+                        return lax.broadcast_in_dim(at, (ROWS, ROWS), [0]) != NOWHERE
+
+                    pl.when(anew.of_ring(step) & unseen)(lambda: clear(v_slot, seen_from))
 
                 plgpu.barrier_wait(q_full.at[warpgroup])
                 last = walk.count - 1
@@ -525,11 +430,15 @@ def _launch(
                     nothing = None
                     if interpret is not None:
                         nothing = plgpu.layout_cast(jnp.zeros((ROWS, depth), jnp.float32), plgpu.Layout.WGMMA)
+                    no_weights = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
+                    if bounded:
+                        no_weights = plgpu.layout_cast(jnp.zeros((ROWS, PARTS), jnp.float32), plgpu.Layout.WGMMA)
+                    logits, k_segments = first_logits(slot_of(done))
                     weights, largest, normaliser, _ = softmax(
-                        first_logits(slot_of(done)),
+                        logits,
                         plgpu.layout_cast(jnp.full((ROWS,), 0.0 if bounded else -jnp.inf, jnp.float32), BY_ROW),
-                        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
-                        positions(jnp.int32(0)),
+                        no_weights,
+                        positions(jnp.int32(0), k_segments),
                     )
 
                     def step(i: Any, carry: _Carry, *, masked: bool, clears: bool = False) -> _Carry:
@@ -545,8 +454,9 @@ def _launch(
                             total = add_values(total_acc, carry.total, carry.weights, v_slot, wait=not clears)
                             pass_turn()
                             logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1 if interpret is None else 0)
+                            k_segments = ids_of(k_slot) if masked else None
                             plgpu.barrier_arrive(k_free.at[k_slot])
-                            where = positions(i + 1) if masked else None
+                            where = positions(i + 1, k_segments) if masked else None
                             return total, *softmax(logits, carry.largest, carry.normaliser, where)
 
                         total, weights, largest, normaliser, shrink = pl.run_scoped(
@@ -568,18 +478,21 @@ def _launch(
                         return _Carry(total, weights.astype(dtype), largest, normaliser)
 
                     carry = _Carry(nothing, weights.astype(dtype), largest, normaliser)
-                    first_run = functools.partial(step, masked=True, clears=held is not None)
+                    first_run = functools.partial(step, masked=True, clears=held is not None or with_segments)
                     carry = lax.fori_loop(0, full_first, first_run, carry)
                     carry = lax.fori_loop(full_first, full_end, functools.partial(step, masked=False), carry)
-                    carry = lax.fori_loop(full_end, last, functools.partial(step, masked=True), carry)
+                    last_run = functools.partial(step, masked=True, clears=with_segments)
+                    carry = lax.fori_loop(full_end, last, last_run, carry)
                     if own_output:
                         plgpu.barrier_arrive(q_free.at[warpgroup])
                     v_slot = slot_of(done + last)
-                    total = add_values(total_acc, carry.total, carry.weights, v_slot)
+                    if with_segments:
+                        wait_and_clear(last)
+                    total = add_values(total_acc, carry.total, carry.weights, v_slot, wait=not with_segments)
                     if interpret is None:
                         total = plgpu.wgmma_accumulator_load(total_acc)
                     plgpu.barrier_arrive(v_free.at[v_slot])
-                    return total, carry.largest, carry.normaliser
+                    return total, carry.largest, carry.normaliser.sum(axis=1) if bounded else carry.normaliser
 
                 total, largest, normaliser = pl.run_scoped(body, plgpu.ACC((ROWS, depth), jnp.float32))
                 seen = normaliser > 0.0
@@ -594,7 +507,10 @@ def _launch(
                 lse = jnp.where(seen, finite * (1.0 / LOG2E) + jnp.log(normaliser), -jnp.inf)
                 if own_output:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_of_all = (total * lax.broadcast_in_dim(share, total.shape, [0])).astype(out_dtype)
+                shared = total * lax.broadcast_in_dim(share, total.shape, [0])
+                if with_segments:  # a query that sees nothing may have met padding, and 0 * NaN is NaN
+                    shared = jnp.where(lax.broadcast_in_dim(seen, total.shape, [0]), shared, 0.0)
+                out_of_all = shared.astype(out_dtype)
                 lse_mine[...] = lse
                 for start in range(0, depth, out_columns):
                     columns = pl.ds(start, out_columns)
@@ -621,7 +537,7 @@ def _launch(
 
             def run_item(number: Any, done: Any) -> Any:
                 row, head, query_tile = item(number)
-                walk = walk_of(row, query_tile)
+                walk = walk_of(row, head, query_tile)
                 kv_head = lax.div(head, jnp.int32(group))
                 for w in range(warpgroups):
                     pl.when(number > 0)(functools.partial(plgpu.barrier_wait, q_free.at[w]))
@@ -637,7 +553,11 @@ def _launch(
                             plgpu.copy_gmem_to_smem(ref[name].at[row, here, kv_head], into.at[slot], full.at[slot])
 
                         def of_ring() -> None:
-                            at = ref[f"ring_{name}"].at[row, kv_head, here]
+                            if flat_ring:
+                                start = pl.multiple_of((ring_start(row, head) & -8) + walk.tile(i) * block, 8)
+                                at = ref[f"ring_{name}"].at[pl.ds(start, block)]
+                            else:
+                                at = ref[f"ring_{name}"].at[row, kv_head, here]
                             plgpu.copy_gmem_to_smem(at, into.at[slot], full.at[slot])
 
                         if walk.ring is None:
@@ -648,6 +568,9 @@ def _launch(
 
                     pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                     fetch("k", k_smem, k_full)
+                    if with_segments:
+                        ids = ref["kv_segments"].at[row, here]
+                        plgpu.copy_gmem_to_smem(ids, scratch["ids_smem"].at[slot], k_full.at[slot])
                     pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
                     fetch("v", v_smem, v_full)
                     return ()
@@ -675,14 +598,16 @@ def _launch(
         "q_full": plgpu.Barrier(num_barriers=warpgroups),
         "q_free": plgpu.Barrier(num_barriers=warpgroups),
         "turn": plgpu.Barrier(num_barriers=warpgroups),
-        "k_full": plgpu.Barrier(num_barriers=stages),
+        "k_full": plgpu.Barrier(num_arrivals=1 + with_segments, num_barriers=stages),
         "v_full": plgpu.Barrier(num_barriers=stages),
         "k_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         "v_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if own_output:
         scratch["out_smem"] = swizzled((warpgroups, ROWS, out_columns), out_dtype)
-    if ring_arrays is not None:
+    if with_segments:
+        scratch["ids_smem"] = plgpu.SMEM((stages, block), jnp.int32)
+    if ring_arrays is not None or with_segments:
         scratch["cleared"] = plgpu.Barrier(num_arrivals=warpgroups)
     out, lse = plgpu.kernel(
         kernel,
@@ -704,7 +629,10 @@ def _launch(
 def _segment_bounds(
     problem: Problem, rows: Rows, operands: dict[str, Array], bounds: Any, query_tiles: int, tile: int, block: int
 ) -> Array:
-    """int32 [B, query tiles, 5]: end of the sink tiles, then first, full_first, full_end and end of the others."""
+    """int32 [B, query tiles, 6]: end of the sink tiles, then first, full_first, full_end and end of the others.
+
+    The last is 1 if any of them holds padding, else 0.
+    """
     offset: Any = problem.q_offset
     if rows.q_start is not None:
         offset = (rows.q_start - (0 if rows.kv_start is None else rows.kv_start))[:, None]
@@ -714,4 +642,6 @@ def _segment_bounds(
     sinks, *others = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in found)
     q_tiles = operands["q_segments"].reshape(problem.batch, -1, tile)
     k_tiles = operands["kv_segments"].reshape(problem.batch, -1, block)
-    return jnp.stack([sinks, *within_segments(tuple(others), q_tiles, k_tiles)], axis=-1)
+    first, *inner, end = within_segments(tuple(others), q_tiles, k_tiles)
+    padded = hold_padding(sinks, first, end, k_tiles)
+    return jnp.stack([sinks, first, *inner, end, padded], axis=-1)

@@ -148,6 +148,19 @@ def within_segments(bounds: tuple[Any, ...], rows: Array, columns: Array) -> lis
     return [new_first, new_full_first, jnp.clip(new_full_end, new_full_first, new_end), new_end]
 
 
+def hold_padding(sinks: Any, first: Any, end: Any, columns: Array) -> Array:
+    """Whether any of the tiles [0, sinks) and [first, end) holds padding, int32 [B, row tiles], 1 or 0.
+
+    Args:
+      sinks, first, end: int32 [B, row tiles].
+      columns: segment ids of the tiles, int32 [B, tiles, tile].
+    """
+    tile = jnp.arange(columns.shape[1], dtype=jnp.int32)[None, None]
+    sinks, first, end = (x[:, :, None] for x in (sinks, first, end))
+    met = (tile < sinks) | ((tile >= first) & (tile < end))
+    return (met & (columns.min(-1) < 0)[:, None]).any(-1).astype(jnp.int32)
+
+
 def pad_axis(x: Array, axis: int, size: int, value: Any = 0) -> Array:
     """`x` with its axis padded to `size`; TMA neither clips what it writes nor, in the interpreter, what it reads."""
     if x.shape[axis] == size:
