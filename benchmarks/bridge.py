@@ -136,38 +136,62 @@ def calls_of(dtype, device):
 
 
 class Nothing(torch.autograd.Function):
-    """What torch's tape costs by itself."""
+    """What torch's tape costs by itself: as many tensors in, kept, out and back as in a call of `attention`."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.view_as(x)
+    def forward(ctx, made, *tensors):
+        ctx.made = made
+        ctx.set_materialize_grads(False)
+        out, lse, *_ = (x.detach() for x in made)
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
 
     @staticmethod
-    def backward(ctx, g):
-        return g
+    def backward(ctx, g, g_lse):
+        ctx.saved_tensors  # noqa: B018 (unpacked, which takes time)
+        return None, *ctx.made[2:]
+
+
+def on_one_thread(call):
+    """The call with torch's backward pass on the caller's thread, not on the one that torch has for the device."""
+
+    def called():
+        with torch.autograd.set_multithreading_enabled(False):
+            return call()
+
+    return called
 
 
 def pieces(dtype, device):
-    """Where the time of a forward call goes."""
+    """Where the time of a call goes."""
     made = tensors(SHAPE["length"], dtype, device)
     arrays = [tb.to_jax(x, copy=True) for x in made]
     static = _ops.Static(WINDOW.left, WINDOW.right, WINDOW.sinks, *(None,) * 7)
     program = _ops._forward(static)
     out, lse = program(*arrays, *(None,) * 4)
     options = (*made, *(None,) * 4, *static)
-    x = made[0].clone().requires_grad_()
-    with_grad = (x, *options[1:])
+    leaves = [x.clone().requires_grad_() for x in made]
+    with_grad = (leaves[0], *options[1:])
+    g = torch.ones_like(made[0])
+    results = [torch.empty_like(made[0]), tb.to_torch(lse), *(torch.empty_like(x) for x in made)]
     launched = {}
     if (found := _launch.find(program, options[:7])) is not None:
-        launched = {"looking up what torch launches": lambda: _launch.find(program, options[:7]).takes(made)}
+        launched = {"looking up what torch launches": lambda: _launch.find(program, options[:7]).given(made)}
         launched["launching it"] = lambda: found(made)
-        g = torch.ones_like(made[0])
         residuals = [*made, *found(made), g]
         backward = _launch.find(_ops._backward(static), (*residuals, *(None,) * 5))
         launched["launching the backward one"] = lambda: backward(residuals)
+
+    def tape():
+        return torch.autograd.grad(Nothing.apply(results, *leaves)[0], leaves, g)
+
+    def both():
+        return torch.autograd.grad(tb.attention(*leaves, WINDOW), leaves, g)
+
     return launched | {
-        "torch's tape around nothing, forward + backward": lambda: torch.autograd.grad(Nothing.apply(x), x, x),
+        "torch's tape around nothing, forward + backward": tape,
+        "the same on one thread": on_one_thread(tape),
+        "attention, forward + backward, on one thread": on_one_thread(both),
         "checks of the arguments": lambda: _arguments.check_floats("bench", dict(zip("qkv", made, strict=True)), {}),
         "three tensors to JAX": lambda: _dlpack.views_in_jax(made),
         "the same by jax.dlpack.from_dlpack": lambda: [jax.dlpack.from_dlpack(x) for x in made],
@@ -260,7 +284,7 @@ def main(arguments=None):
         us = per_call(dict(zip(names, calls, strict=True)), chosen.rounds, chosen.repeats)
         found[what] = us["bridged"] - us["native"]
         print(f"| {what} | {' | '.join(f'{us[name]:.1f}' for name in names)} | {found[what]:.1f} |", flush=True)
-    print("\n| of a forward call | us |\n|---|---|")
+    print("\n| of a call | us |\n|---|---|")
     for what, us in per_call(pieces(dtype, chosen.device), chosen.rounds, chosen.repeats).items():
         print(f"| {what} | {us:.1f} |", flush=True)
     print("\n| of forward calls in a row | us |\n|---|---|")

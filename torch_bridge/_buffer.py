@@ -11,7 +11,16 @@ from torch.nn.functional import pad
 
 import ringjax as rj
 from torch_bridge._arguments import autocast, bucketed, check_floats, check_window, row_integers, tiles_of
-from torch_bridge._dlpack import TO_TORCH, as_jax_dtype, describe, jax_device, on_device, view_in_jax, view_in_torch
+from torch_bridge._dlpack import (
+    TO_TORCH,
+    as_jax_dtype,
+    describe,
+    jax_device,
+    make_room,
+    on_device,
+    view_in_jax,
+    view_in_torch,
+)
 from torch_bridge._held import Held, Program
 from torch_bridge._ops import Tiles
 
@@ -52,6 +61,7 @@ class RingBuffer(Held):
         call = "RingBuffer.empty"
         check_window(call, window)
         on = jax_device(call, torch.get_default_device() if device is None else torch.device(device))
+        make_room(on)
         with jax.default_device(on):
             ring = rj.RingBuffer.empty(
                 batch,

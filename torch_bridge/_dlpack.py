@@ -255,6 +255,8 @@ def to_torch(array: jax.Array, *, copy: bool = False) -> torch.Tensor:
         raise ValueError(f"to_torch: array must be on one device, got one on {len(array.sharding.device_set)}.")
     if str(array.dtype) not in TO_TORCH and str(array.dtype) not in ("float64", "int64"):
         raise TypeError(f"to_torch: array must have a dtype of torch's, got {array.dtype}.")
+    if array.platform() != "cpu":
+        Lease.settle(next(iter(array.devices())).local_hardware_id)
     tensor = view_in_torch(array)
     if copy:
         count_copy("wanted", tensor.nbytes, describe(tensor))
@@ -276,6 +278,12 @@ def view_in_torch(array: jax.Array) -> torch.Tensor:
     return tensor
 
 
+def make_room(device: Any) -> None:
+    """Lets go of all arrays of a device that torch has dropped, waiting for what reads them: before new ones."""
+    if device.platform != "cpu":
+        Lease.settle(device.local_hardware_id, wait=True)
+
+
 def give_back(device: Any, freed: list[Any]) -> None:
     """What `views_in_jax` put into `freed`, if the program was not launched after all."""
     if freed:
@@ -288,9 +296,11 @@ class Lease:
     The array goes to `_returned`, with the streams that may still read it. The next call of the bridge on that device
     takes it from there, makes its program wait for those streams, and lets it go once the program is launched: JAX
     computes in order, so whatever JAX puts into that memory next comes later still. No event of its own is needed.
+    Where torch launches all programs itself none comes by: `settle` lets go of what torch has read to the end.
     """
 
     _returned: ClassVar[dict[int, collections.deque[Any]]] = collections.defaultdict(collections.deque)
+    _read: ClassVar[dict[int, collections.deque[Any]]] = collections.defaultdict(collections.deque)
 
     __slots__ = ("array", "index", "raw")
 
@@ -317,6 +327,28 @@ class Lease:
             except IndexError:  # another thread took it
                 break
         return taken
+
+    @classmethod
+    def settle(cls, index: int, *, wait: bool = False) -> None:
+        """Lets go of what torch's streams are done with, or, to `wait`, of all that was returned."""
+        if not cls._returned[index] and not cls._read[index]:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if taken := cls.take(index):
+            streams = set().union(*(streams for streams, _ in taken))
+            cls._read[index].append(([_stream(index, raw).record_event() for raw in streams], taken))
+        pending = cls._read[index]
+        while pending:
+            try:
+                events, arrays = pending.popleft()
+            except IndexError:  # another thread took it
+                return
+            for event in events if wait else ():
+                event.synchronize()
+            if not all(event.query() for event in events):
+                pending.appendleft((events, arrays))
+                return
 
     @classmethod
     def give_back(cls, index: int, taken: list[Any]) -> None:

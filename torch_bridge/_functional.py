@@ -66,6 +66,8 @@ def attention(
     queries, keys = q.shape[1], k.shape[1]
     if bucket is not None:
         more, kv_more = (bucketed(call, bucket, length) - length for length in (queries, keys))
+        # The last query stands at the last key, unless an offset says otherwise.
+        beyond = q_offsets is not None or (q_offset is not None and q_offset + queries > keys)
         if q_offset is None and q_offsets is None and queries != keys:
             # As an array, so that every difference of lengths runs the same program.
             q_offsets = torch.full((q.shape[0],), keys - queries, dtype=torch.int32, device=q.device)
@@ -73,8 +75,8 @@ def attention(
             q_offset = 0
         if segment_ids is not None and kv_segment_ids is None and queries == keys:
             kv_segment_ids = segment_ids
-        if segment_ids is None and kv_segment_ids is None and window.right != 0:
-            # A key behind the last one must not be seen; a causal query sees none of those anyway.
+        if segment_ids is None and kv_segment_ids is None and (window.right != 0 or beyond):
+            # A key behind the last one must not be seen; a causal query that is not beyond sees none of those anyway.
             segment_ids = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
             kv_segment_ids = torch.zeros(k.shape[:2], dtype=torch.int32, device=q.device)
         if segment_ids is not None and kv_segment_ids is not None:

@@ -32,7 +32,7 @@ from torch_bridge._dlpack import (
     view_in_torch,
 )
 from torch_bridge._launch import find
-from torch_bridge._ops import run
+from torch_bridge._ops import check_no_tangents, no_second_derivative, run
 
 
 class Program:
@@ -127,7 +127,12 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        _ = ctx.saved_tensors  # raises if one of them has been written to, or the tape is gone
+        saved = ctx.saved_tensors  # raises if one of them has been written to, or the tape is gone
+        if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients):
+            raise NotImplementedError(
+                f"{ctx.call}: gradients go through a ring one at a time, got many at once (is_grads_batched)."
+                "\n  Hint: call torch.autograd.grad for each; torch_bridge.attention takes many."
+            )
 
         def pull(*cotangents: Any) -> Any:
             filled = [
@@ -139,7 +144,23 @@ class _Step(torch.autograd.Function):
         found = iter(run(ctx.call, pull, gradients))
         each = [next(found) if wants else None for wants in ctx.mask]
         wanted = zip(each, ctx.needs_input_grad[4:], strict=True)
-        return None, None, None, None, *(view_in_torch(x) if wants and x is not None else None for x, wants in wanted)
+        made = [view_in_torch(x) if wants and x is not None else None for x, wants in wanted]
+        if torch.is_grad_enabled():  # a derivative of these may be asked for
+            made = list(_Last.apply(ctx.call, len(made), *made, *saved, *gradients))
+        return None, None, None, None, *made
+
+
+class _Last(torch.autograd.Function):
+    """Gradients through a ring, on torch's tape: a derivative of theirs raises, and is not left out."""
+
+    @staticmethod
+    def forward(ctx: Any, call: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.call = call
+        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.call)
 
 
 class Held:
@@ -222,13 +243,14 @@ class Held:
         if not self._owned or self._device.type != "cuda":
             return None
         launched = find(program.donated, arrays, self._facts(), self._signature)
-        given = [x for x in arrays if x is not None]
-        if launched is None or not launched.takes(given):
+        given = None if launched is None else launched.given(arrays)
+        if launched is None or given is None:
             return None
         if torch.cuda.is_current_stream_capturing():  # of a stream that will never run; its graph's replays will
             return None if self._lent is None else launched([*self._lent, *given])[0]
         stream = current_stream(self._device.index)
         if self._lent is None:
+            Lease.settle(self._device.index)  # of other handles that were dropped
             self._lent = [view_in_torch(x) for x in self._leaves]  # torch's stream now waits for JAX
         elif stream != self._stream:
             torch_stream(self._device, stream).wait_stream(torch_stream(self._device, self._stream))
@@ -260,6 +282,12 @@ class Held:
         `written`: indices of the float leaves that are differentiable afterwards; None: all.
         """
         self._facts()
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{call}: a ring is updated in place, which torch.func's transformations cannot follow."
+                "\n  Hint: torch_bridge.attention can be transformed; loss.backward() goes through rings."
+            )
+        check_no_tangents(call, arrays)
         tracked = torch.is_grad_enabled() and (
             self.requires_grad or any(x is not None and x.requires_grad for x in arrays)
         )

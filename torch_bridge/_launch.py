@@ -9,15 +9,17 @@ known here is left to JAX's runtime.
 
 import ctypes
 import logging
+import struct
+import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import torch
 from torch import Tensor
 
-from torch_bridge._dlpack import TO_JAX, current_stream, jax_device, on_device
+from torch_bridge._dlpack import TO_JAX, count_copy, current_stream, describe, jax_device, on_device
 
 _LOG = logging.getLogger("torch_bridge")
 
@@ -29,25 +31,31 @@ _ALIGNMENT = 16  # bytes: of what a Hopper GPU's copy engine reads
 class Launched:
     """A program as torch does it.
 
-    Called with the program's tensors, its rings' leaves before them, all without None; returns its flat results without
-    the rings, which are updated in place.
+    Called with what `given` made of the program's tensors, its rings' leaves before them; returns its flat results
+    without the rings, which are updated in place.
     """
 
     def __init__(self, program: Any):
         self._program = program  # a `_stablehlo.Steps`
+        self.next: dict[Any, Launched | None] = {}  # what was found for the backward passes of such a call
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         slots, steps, results, _ = self._program
         env: list[Any] = [*tensors, *[None] * (slots - len(tensors))]
         for step in steps:
             step(env)
-        return [env[i].contiguous() for i in results]  # as JAX's are, and as torch's compiler expects them
+        return [env[i] for i in results]
 
-    def takes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether it is to be done for these tensors, as they lie; the first are the queries."""
-        if self._program.operations and tensors[0].numel() > _LARGE:
-            return False
-        return all(x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0 and not x.is_neg() for x in tensors)
+    def given(self, tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """Tensors without None, as kernels read them, the first of them the queries; None: JAX is to do this."""
+        found = [x for x in tensors if x is not None]
+        if self._program.operations and found[0].numel() > _LARGE:
+            return None
+        for i, x in enumerate(found):
+            if not x.is_contiguous() or x.data_ptr() % _ALIGNMENT or x.is_neg():
+                count_copy("alignment" if x.is_contiguous() else "strides", x.nbytes, describe(x))
+                found[i] = x.resolve_neg().clone(memory_format=torch.contiguous_format)
+        return found
 
 
 _found: dict[Any, Launched | None] = {}
@@ -91,12 +99,45 @@ def _build(program: Any, tensors: Sequence[Tensor | None], rings: Any, device: t
         return None
 
 
-def _compiled(module: bytes, device: torch.device) -> Callable[[Any, torch.device], None]:
-    """A kernel's launcher, JAX's own, on torch's current stream instead of its default one."""
+class _Thread(threading.local):
+    """The GPUs whose contexts a thread has: a kernel's launcher asks for one, and ends the process without it.
+
+    torch makes it the thread's with the first thing it asks CUDA for; a tensor from its cache of memory is no such
+    thing.
+    """
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+    def get_context(self, index: int) -> None:
+        torch.cuda.mem_get_info(index)
+        self.devices.add(index)
+
+
+_thread = _Thread()
+
+
+def _compiled(module: bytes, device: torch.device) -> Any:
+    """A kernel's launcher, JAX's own, on torch's current stream instead of its default one: of its pointers."""
     from jax.experimental.mosaic.gpu import core
 
-    launch, _ = core._compile_as_torch_gpu_kernel(module)
     index = device.index
+    _thread.get_context(index)
+    launch, _ = core._compile_as_torch_gpu_kernel(module)
+    names = launch.__code__.co_freevars
+    cells = dict(zip(names, launch.__closure__, strict=True))
+    if set(names) == {"function", "launch_c", "torch"}:  # jax 0.11: without its launcher's own Python, 3 us less
+        function = cells["function"].cell_contents
+        address: Any = ctypes.cast(cells["launch_c"].cell_contents, ctypes.c_void_p).value
+        launch_c = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(address)
+
+        def on_current_stream(pointers: Sequence[int]) -> None:
+            if index not in _thread.devices:
+                _thread.get_context(index)
+            launch_c(function, current_stream(index), struct.pack(f"{len(pointers)}Q", *pointers))
+
+        on_current_stream.kept = launch  # type: ignore[attr-defined]
+        return on_current_stream
 
     class Cuda:
         current_device = staticmethod(torch.cuda.current_device)
@@ -105,10 +146,14 @@ def _compiled(module: bytes, device: torch.device) -> Callable[[Any, torch.devic
         def default_stream(_: Any = None) -> Any:
             return types.SimpleNamespace(_as_parameter_=ctypes.c_void_p(current_stream(index)))
 
-    here = types.SimpleNamespace(device=torch.device, cuda=Cuda)
-    names = launch.__code__.co_freevars
     if "torch" not in names:
         raise NotImplementedError("JAX's launcher is not the one known")
-    cells = [types.CellType(here) if n == "torch" else c for n, c in zip(names, launch.__closure__, strict=True)]
-    made: Any = types.FunctionType(launch.__code__, launch.__globals__, closure=tuple(cells))
-    return made
+    cells["torch"] = types.CellType(types.SimpleNamespace(device=torch.device, cuda=Cuda))
+    made: Any = types.FunctionType(launch.__code__, launch.__globals__, closure=tuple(cells[n] for n in names))
+
+    def on_its_stream(pointers: Sequence[int]) -> None:
+        if index not in _thread.devices:
+            _thread.get_context(index)
+        made((ctypes.c_void_p * len(pointers))(*pointers), device)
+
+    return on_its_stream

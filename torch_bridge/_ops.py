@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import ringjax as rj
 from torch_bridge._dlpack import give_back, jax_device, on_device, view_in_torch, views_in_jax
@@ -96,9 +97,13 @@ def _backward(static: Static) -> Any:
 
 def compute(call: str, program: Any, tensors: Any, wanted: int | None = None) -> list[Tensor]:
     """The first `wanted` results of a jitted function of tensors: launched by torch itself where that can be."""
-    launched = find(program, tensors)
-    if launched is not None and launched.takes(given := [x for x in tensors if x is not None]):
-        return launched(given)
+    return _compute(find(program, tensors), call, program, tensors, wanted)
+
+
+def _compute(launched: Any, call: str, program: Any, tensors: Any, wanted: int | None = None) -> list[Tensor]:
+    if launched is not None and (given := launched.given(tensors)) is not None:
+        found: list[Tensor] = launched(given)
+        return found
     return [view_in_torch(x) for x in jax.tree.leaves(run(call, program, tensors))[:wanted]]
 
 
@@ -224,11 +229,16 @@ def _attention_backward(
 attention_op.register_autograd(_attention_backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise NotImplementedError(
-        "attention: the second derivative does not exist: the kernels compute the first one only.\n"
+def no_second_derivative(call: str) -> NotImplementedError:
+    """What a derivative of a gradient raises."""
+    return NotImplementedError(
+        f"{call}: the second derivative does not exist: the kernels compute the first one only.\n"
         "  Hint: for gradients of gradients, write attention with torch's own operations."
     )
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise no_second_derivative("attention")
 
 
 attention_backward_op.register_autograd(_no_second_derivative)
@@ -267,6 +277,21 @@ attention_op.register_vmap(_attention_vmap)
 attention_backward_op.register_vmap(_backward_vmap)
 
 
+def _no_forward_mode(call: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{call}: forward-mode derivatives (torch.func.jvp) do not exist: kernels compute backward ones.\n"
+        "  Hint: torch.func.vjp, grad and jacrev work."
+    )
+
+
+def check_no_tangents(call: str, tensors: Any) -> None:
+    """Raises if one of the tensors is dual, as forward-mode derivatives without torch.func make them."""
+    if forward_ad._current_level >= 0:  # in `dual_level()`
+        for x in tensors:
+            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                raise _no_forward_mode(call)
+
+
 class _Transformed(torch.autograd.Function):
     """The operation under `torch.func` transformations, which do not see what `register_autograd` registers."""
 
@@ -281,14 +306,11 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         g, g_lse = gradients
-        return _attention_backward(ctx, g, g_lse, _backward_call())
+        return _attention_backward(ctx, g, g_lse, _backward_call(g, g_lse))
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "attention: forward-mode derivatives (torch.func.jvp) do not exist: kernels compute backward ones.\n"
-            "  Hint: torch.func.vjp, grad and jacrev work."
-        )
+        raise _no_forward_mode("attention")
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -296,15 +318,34 @@ class _Transformed(torch.autograd.Function):
 
 
 class _Taped(torch.autograd.Function):
-    """The operation on torch's tape where nothing transforms it: such a function costs torch a tenth of the time."""
+    """The operation on torch's tape where nothing watches: such a function costs torch a tenth of the time."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        output: Any = attention_call(*arguments)
-        _setup_context(ctx, arguments, output)
-        return output
+        *tensors, ctx.static = arguments
+        program = _forward(ctx.static)
+        ctx.launched = find(program, tensors)
+        out, lse = _compute(ctx.launched, "attention", program, tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
 
-    backward = _Transformed.backward
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        g, g_lse = gradients
+        call = _backward_call(g, g_lse)
+        if call is not _gradients or g is None:
+            return (*_attention_backward(ctx, g, g_lse, call)[:_TENSORS], None)
+        q, k, v, sink_logits, ids, kv_ids, offsets, out, lse = ctx.saved_tensors
+        tensors = (q, k, v, out, lse, g, g_lse, sink_logits, ids, kv_ids, offsets)
+        program, kind = _backward(ctx.static), g_lse is None
+        if ctx.launched is None:
+            launched = None
+        elif (launched := ctx.launched.next.get(kind)) is None:
+            launched = ctx.launched.next[kind] = find(program, tensors)
+        dq, dk, dv, *d_sinks = _compute(launched, "attention", program, tensors)
+        return dq, dk, dv, d_sinks[0] if d_sinks else None, None, None, None, None
+
     jvp = _Transformed.jvp
 
 
@@ -343,21 +384,29 @@ def attention_call(*arguments: Any, lse: bool = True) -> tuple[Tensor, Tensor | 
     op = _under_functorch(_Transformed, attention_op)
     tensors = arguments[:_TENSORS]
     if op is attention_op and _is_plain(tensors):
+        check_no_tangents("attention", tensors)
+        static = Static(*arguments[_TENSORS:])
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            op = _Taped.apply
-        else:
-            program = _forward(Static(*arguments[_TENSORS:]))
-            results = compute("attention", program, tensors, wanted=2 if lse else 1)
-            return results[0], results[1] if lse else None
+            taped: tuple[Tensor, Tensor] = _Taped.apply(*tensors, static)
+            return taped
+        results = compute("attention", _forward(static), tensors, wanted=2 if lse else 1)
+        return results[0], results[1] if lse else None
     result: tuple[Tensor, Tensor] = op(*arguments)
     return result
 
 
-def _backward_call() -> Any:
-    """The backward operation, likewise; through the dispatcher where a derivative of it might be asked for."""
+def _backward_call(*gradients: Tensor | None) -> Any:
+    """The backward operation, likewise; through the dispatcher where a derivative of it might be asked for.
+
+    A gradient may be many at once too (`is_grads_batched`), which only the dispatcher takes apart.
+    """
     op = _under_functorch(_TransformedBackward, attention_backward_op)
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return op if watched or op is not attention_backward_op else _gradients
+    if op is not attention_backward_op or torch.is_grad_enabled() or not _is_plain(gradients):
+        return op
+    return op if any(x is not None and _is_batched(x) for x in gradients) else _gradients
+
+
+_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _is_plain(tensors: Any) -> bool:

@@ -3,22 +3,26 @@
 Only what ringjax's programs on Hopper are made of is read: kernels, and the arithmetic, padding and views around them.
 """
 
-import ctypes
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import torch
 from jax._src.lib.mlir import ir, passmanager  # type: ignore[attr-defined]
 from jax._src.lib.mlir.dialects import hlo  # type: ignore[attr-defined]
 
-from torch_bridge._dlpack import TO_TORCH
+from torch_bridge._by_row import Apply, Narrow, Wide, by_row, takes
+from torch_bridge._dlpack import TO_JAX, TO_TORCH
+
+_LOG = logging.getLogger("torch_bridge")
 
 KERNEL = "mosaic_gpu_v2"  # XLA's name of a Mosaic GPU kernel
 _MOST = 16  # of torch's operations: each costs about 8 us, and JAX's runtime some 100 in all
 
 
-Launch = Callable[[Any, torch.device], None]
+Launch = Callable[[Sequence[int]], None]
 """Launches a kernel, given pointers to its operands and results."""
 
 
@@ -62,6 +66,13 @@ def read(module: Any, device: torch.device, compiled: Callable[[bytes, torch.dev
     Raises:
       Unknown: it has something else.
     """
+    arguments, operations = _body(module)
+    with module.context:
+        return _Reader(arguments, device, compiled, in_place).read(operations)
+
+
+def _body(module: Any) -> tuple[list[Any], list[Any]]:
+    """Arguments and operations of a module's public function, which calls no other any more."""
     from jax.experimental.mosaic import gpu  # heavy
 
     with module.context:
@@ -71,8 +82,7 @@ def read(module: Any, device: torch.device, compiled: Callable[[bytes, torch.dev
         )
         (main,) = (op for op in module.body.operations if op.name.value == "main")
         (block,) = main.regions[0].blocks
-        reader = _Reader(list(block.arguments), device, compiled, in_place)
-        return reader.read(list(block.operations))
+        return list(block.arguments), list(block.operations)
 
 
 class _Reader:
@@ -81,9 +91,14 @@ class _Reader:
     def __init__(self, arguments: list[Any], device: torch.device, compiled: Any, in_place: int):
         self.device, self.compiled, self.in_place = device, compiled, in_place
         self.slots = len(arguments)
+        kinds = [_kind(ir.RankedTensorType(x.type)) for x in arguments]
+        self.arguments = {kind: i for i, kind in reversed(list(enumerate(kinds)))}  # the first of each shape and dtype
         self.known: dict[Any, Any] = {x: i for i, x in enumerate(arguments)}  # value -> slot or splat
-        self.memory = {i: i for i in range(self.slots)}  # slot -> the argument whose memory it is in
+        self.given = self.slots
+        # Slot -> the argument, or the first slot of a kernel's result, whose memory it is in.
+        self.memory = {i: i for i in range(self.slots)}
         self.stale: set[int] = set()  # slots whose memory has been written to since
+        self.loose: set[int] = set()  # slots whose tensors may not be contiguous
         self.steps: list[Any] = []
         self.operations = 0
         self.kernels = 0
@@ -94,30 +109,52 @@ class _Reader:
         needed = []
         for op in reversed(operations):
             if any(result in wanted for result in op.results):
-                needed.append(op)
-                wanted.update(op.operands)
-        needed.reverse()
-        for op in needed:
-            read = getattr(self, "_" + op.name.removeprefix("stablehlo."), None)
-            if read is None:
-                raise Unknown(op.name)
-            read(op, *self.operands(op))
+                by_row = _rows_of(op)
+                needed.append((op, by_row))
+                wanted.update(op.operands if by_row is None else by_row.operands)
+        for op, by_row in reversed(needed):
+            if by_row is None:
+                self.operation(op)
+            else:
+                self.one_kernel(op, by_row)
         if not self.kernels or self.operations > _MOST:
             raise Unknown(f"{self.kernels} kernels and {self.operations} operations of torch's")
-        results = [self.slot(x) for x in self.operands(last)]
+        results = self.operands(last)
+        if any(isinstance(x, _Splat) for x in results):  # one tensor, which a caller may write to, for all calls
+            raise Unknown("results that are constants")
         count = self.in_place
         if count:
             results, rings = results[:-count], results[-count:]
             if [self.memory.get(i) for i in rings] != list(range(count)):
                 raise Unknown("rings that are not updated in place")
-        if any(i in self.memory for i in results):
-            raise Unknown("results that are arguments")
+        memory = [self.memory.get(i, i) for i in results]
+        if any(i < self.given for i in memory) or len(set(memory)) < len(memory):
+            raise Unknown("results that are arguments, or one another")
+        loose = [i for i in results if i in self.loose]
+        if loose:  # contiguous, as JAX's are, and as torch's compiler expects them
+            self.steps.append(lambda env: _lay_out(env, loose))
         return Steps(self.slots, self.steps, results, self.operations)
+
+    def operation(self, op: Any) -> None:
+        read = getattr(self, "_" + op.name.removeprefix("stablehlo."), None)
+        if read is None:
+            raise Unknown(op.name)
+        read(op, *self.operands(op))
+
+    def one_kernel(self, op: Any, rows: "_Rows") -> None:
+        """Arithmetic of rows, as the operations of the program that has one kernel for all of it."""
+        arguments, (*operations, last) = _body(rows.module)  # which lives until this has been read
+        for argument, x in zip(arguments, self.operands(rows), strict=True):
+            self.known[argument] = self.slot(x)
+        for inner in operations:
+            self.operation(inner)
+        self.operations += 1  # as one of torch's: among large arrays XLA's way is the one that was measured
+        self.known[op.results[0]] = self.known[last.operands[0]]
 
     def operands(self, op: Any) -> list[Any]:
         found = [self.known[x] for x in op.operands]
         if any(x in self.stale for x in found if isinstance(x, int)):
-            raise Unknown("a ring that is read after it was written to")
+            raise Unknown("what is read after it was written to")
         return found
 
     def new(self, value: Any) -> int:
@@ -140,6 +177,7 @@ class _Reader:
         constants = [x.number if isinstance(x, _Splat) else None for x in operands]
         at = self.new(op.results[0])
         self.operations += not view
+        self.loose.add(at)
         if view and operands[0] in self.memory:
             self.memory[at] = self.memory[operands[0]]
 
@@ -159,19 +197,20 @@ class _Reader:
             aliases[result] = alias.operand_index
         copied = []
         for written in (x for x in aliases if x is not None):
-            ring = self.memory.get(operands[written], self.in_place)
-            if ring >= self.in_place:
-                raise Unknown("a kernel that writes to what is no ring")
-            copied += [i for i, x in enumerate(operands) if self.memory.get(x) == ring and i != written]
-            self.stale |= {slot for slot, memory in self.memory.items() if memory == ring}
+            place = self.memory.get(operands[written])
+            if place is None or self.in_place <= place < self.given:
+                raise Unknown("a kernel that writes to what is neither a ring nor a kernel's")
+            copied += [i for i, x in enumerate(operands) if self.memory.get(x) == place and i != written]
+            self.stale |= {slot for slot, memory in self.memory.items() if memory == place}
         launch = self.compiled(op.attributes["mhlo.backend_config"]["module"].value_bytes, self.device)
         made = []
         for value, written_at in zip(op.results, aliases, strict=True):
             at = self.new(value)
-            if written_at is not None:
-                self.memory[at] = self.memory[operands[written_at]]
-            made.append((at, *_kind(ir.RankedTensorType(value.type)), written_at))
-        self.steps.append(_kernel_step(launch, operands, tuple(copied), made, self.device))
+            self.memory[at] = at if written_at is None else self.memory[operands[written_at]]
+            shape, dtype = _kind(ir.RankedTensorType(value.type))
+            made.append((at, shape, dtype, self.arguments.get((shape, dtype)), written_at))
+        loose = [i for i in operands if i in self.loose]
+        self.steps.append(_kernel_step(launch, operands, loose, copied, made, self.device))
         self.kernels += 1
         self.operations += len(copied)
 
@@ -191,6 +230,8 @@ class _Reader:
         if isinstance(x, _Splat):
             number = torch.tensor(x.number, dtype=x.dtype).to(dtype).item()
             self.known[op.results[0]] = _Splat(number, shape, dtype)
+        elif op.operands[0].type == op.results[0].type:  # torch would return the tensor itself
+            self.known[op.results[0]] = x
         else:
             self.do(op, lambda y: y.to(dtype), x)
 
@@ -281,18 +322,121 @@ class _Reader:
             self.do(op, f, self.slot(x), y)
 
 
-def _kernel_step(launch: Launch, operands: list[int], copied: tuple[int, ...], made: Any, device: torch.device) -> Any:
-    count = ctypes.c_void_p * (len(operands) + len(made))
+def _lay_out(env: list[Any], slots: list[int]) -> None:
+    for i in slots:
+        env[i] = env[i].contiguous()
 
+
+def _kernel_step(
+    launch: Launch, operands: list[int], loose: list[int], copied: list[int], made: Any, device: torch.device
+) -> Any:
     def step(env: list[Any]) -> None:
-        given = [env[i].contiguous() for i in operands]
+        if loose:
+            _lay_out(env, loose)
+        given = [env[i] for i in operands]
         for i in copied:  # the kernel writes to the same memory, for another of its operands
             given[i] = given[i].clone()
-        for at, shape, dtype, written in made:
-            env[at] = torch.empty(shape, dtype=dtype, device=device) if written is None else given[written]
-        launch(count(*[x.data_ptr() for x in given], *[env[at].data_ptr() for at, *_ in made]), device)
+        pointers = [x.data_ptr() for x in given]
+        for at, shape, dtype, like, written in made:
+            if written is not None:
+                x = given[written]
+            elif like is not None:  # in half the time
+                x = torch.empty_like(env[like])
+            else:
+                x = torch.empty(shape, dtype=dtype, device=device)
+            env[at] = x
+            pointers.append(x.data_ptr())
+        launch(pointers)
 
     return step
+
+
+class _Rows(NamedTuple):
+    """Arithmetic on rows that one kernel does: its operands, and the program of that kernel."""
+
+    operands: list[Any]
+    module: Any
+
+
+def _rows_of(op: Any) -> _Rows | None:
+    """What stands before a backward pass, if that is what the operation ends: results of rows, one beside the other."""
+    if op.name != "stablehlo.concatenate" or op.attributes["dimension"].value != 2:
+        return None
+    wide: list[Any] = []
+    narrow: list[Any] = []
+    try:
+        results = [_each_row(x, wide, narrow) for x in op.operands]
+    except Unknown:
+        return None
+    specs = [
+        [
+            jax.ShapeDtypeStruct(shape, TO_JAX[dtype])
+            for shape, dtype in (_kind(ir.RankedTensorType(x.type)) for x in xs)
+        ]
+        for xs in (wide, narrow)
+    ]
+    if list(ir.RankedTensorType(op.results[0].type).shape)[2] != len(results) or not takes(*specs):
+        return None
+    count = len(wide)
+    try:
+        program = jax.jit(lambda *arrays: by_row(results, arrays[:count], arrays[count:]))
+        lowered = program.trace(*specs[0], *specs[1]).lower(lowering_platforms=("cuda",))
+        return _Rows([*wide, *narrow], lowered.compiler_ir())
+    except Exception as problem:  # whatever another version of JAX raises: torch does the arithmetic
+        _LOG.debug("no kernel for rows: %s: %s", type(problem).__name__, problem)
+        return None
+
+
+def _each_row(value: Any, wide: list[Any], narrow: list[Any]) -> Any:
+    """A value [B, N, T], or [B, N, 1, T], as an expression of rows; fills in the arrays that it reads."""
+
+    def number(xs: list[Any], x: Any) -> int:
+        if x not in xs:
+            xs.append(x)
+        return xs.index(x)
+
+    def of(x: Any) -> Any:
+        return _each_row(x, wide, narrow)
+
+    op = value.owner
+    name = op.name.removeprefix("stablehlo.") if hasattr(op, "attributes") else "an argument"
+    if name == "constant":
+        if not op.attributes["value"].is_splat:
+            raise Unknown("a constant of several numbers")
+        return float(op.attributes["value"].get_splat_value().value)
+    if name == "broadcast_in_dim":
+        given = ir.RankedTensorType(op.operands[0].type)
+        if given.rank == 0 or (given.rank, _integers(op, "broadcast_dimensions")) == (3, [0, 1, 3]):
+            return of(op.operands[0])
+    elif name == "convert" and op.operands[0].type == value.type:
+        return of(op.operands[0])
+    elif name == "pad":
+        sides = (_integers(op, f"{x}_padding{y}") for x, y in (("edge", "_low"), ("edge", "_high"), ("interior", "")))
+        if not any(map(any, sides)):
+            return of(op.operands[0])
+    elif name == "optimization_barrier":
+        return of(op.operands[value.result_number])
+    elif name == "compare":
+        direction = hlo.ComparisonDirectionAttr(op.attributes["comparison_direction"]).value
+        return Apply(direction, tuple(of(x) for x in op.operands))
+    elif name == "select":
+        where, x, y = (of(x) for x in op.operands)
+        return x if x == y else Apply(name, (where, x, y))
+    elif name in ("multiply", "subtract"):
+        x, y = (of(x) for x in op.operands)
+        if y == (1.0 if name == "multiply" else 0.0):
+            return x
+        return Apply(name, (x, y))
+    elif name == "dot_general":
+        numbers = hlo.DotDimensionNumbers(op.attributes["dot_dimension_numbers"])
+        batching = [list(x) for x in (numbers.lhs_batching_dimensions, numbers.rhs_batching_dimensions)]
+        contracting = [list(x) for x in (numbers.lhs_contracting_dimensions, numbers.rhs_contracting_dimensions)]
+        if batching == [[0, 2, 1]] * 2 and contracting == [[3], [3]]:
+            return Wide(*(number(wide, x) for x in op.operands))
+    kind = ir.RankedTensorType(value.type)
+    if (kind.rank, str(kind.element_type)) != (3, "f32"):
+        raise Unknown(name)
+    return Narrow(number(narrow, value))
 
 
 def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype]:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 import ringjax as rj
 from torch_bridge._arguments import autocast, bucketed, check_floats, row_integers
 from torch_bridge._buffer import check_on, token_lengths
-from torch_bridge._dlpack import as_jax_dtype, jax_device, view_in_torch
+from torch_bridge._dlpack import as_jax_dtype, jax_device, make_room, view_in_torch
 from torch_bridge._held import Held, Program
 
 
@@ -77,6 +77,7 @@ def init_state(
     call = "init_state"
     on = jax_device(call, torch.get_default_device() if device is None else torch.device(device))
     wanted = as_jax_dtype(call, dtype)
+    make_room(on)
     with jax.default_device(on):
         state = rj.init_state(config, batch, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=wanted)
     # Each ring gets memory of its own: what is given to a step must not be given twice.

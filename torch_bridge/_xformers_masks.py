@@ -148,7 +148,10 @@ def arrange(layout: Layout, queries: int, keys: int) -> Arrangement:
     offsets = {b.k_start - b.q_start + shift for b, shift in both}
     q_spans, k_spans = [b[:2] for b in blocks], [b[2:] for b in blocks]
     q_seen = [(0, b.q_length) for b in blocks]
-    k_seen = [_seen(window, shift, b.q_length, b.k_length) for b, shift in zip(blocks, shifts, strict=True)]
+    k_seen = [
+        _seen(window, shift, b.q_length, b.k_length) if b.q_length else (0, 0)
+        for b, shift in zip(blocks, shifts, strict=True)
+    ]
     row_queries, row_keys = _room(q_spans, queries), _room(k_spans, keys)
     width = keys if window.left is None or window.right is None else window.left + 1 + window.right
     fewer = len(blocks) * row_queries * min(row_keys, width) < queries * min(keys, width)

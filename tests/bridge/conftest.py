@@ -18,3 +18,12 @@ def precise_products():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def on_the_gpu(precise_products):
+    """The GPU that torch sees, for tests written for a CPU: their modules say where their tensors are."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return torch.device("cuda", 0)

@@ -216,6 +216,58 @@ def test_an_array_stays_until_jax_waits_for_torchs_streams(monkeypatch):
     assert alive() is None
 
 
+def test_what_torch_has_read_is_let_go_where_jax_runs_nothing(monkeypatch):
+    """An array stays until the streams that used it are done; before new memory is taken, they are waited for."""
+    done = set()
+
+    class Event:
+        def __init__(self, raw):
+            self.raw = raw
+
+        def query(self):
+            return self.raw in done
+
+        def synchronize(self):
+            done.add(self.raw)
+
+    class Stream:
+        def __init__(self, raw):
+            self.raw = raw
+
+        def record_event(self):
+            return Event(self.raw)
+
+    class Array:
+        pass
+
+    class Device:
+        platform, local_hardware_id = "gpu", 4
+
+    monkeypatch.setattr(_dlpack, "current_stream", lambda index: 5)
+    monkeypatch.setattr(_dlpack, "_stream", lambda index, raw: Stream(raw))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def dropped(raw):
+        array = Array()
+        _dlpack.Lease.on(torch.zeros(8), array, 4, raw)
+        return weakref.ref(array)
+
+    first = dropped(7)
+    _dlpack.Lease.settle(4)
+    second = dropped(5)
+    done.add(5)
+    _dlpack.Lease.settle(4)
+    assert first() is not None, "stream 7 may still read it"
+    assert second() is not None, "one after the other"
+    done.add(7)
+    _dlpack.Lease.settle(4)
+    assert first() is None and second() is None
+    done.clear()
+    third = dropped(7)
+    _dlpack.make_room(Device())
+    assert third() is None and done == {5, 7}
+
+
 def test_the_short_way_in_is_jaxs_own(monkeypatch):
     """What is called instead of `jax.dlpack.from_dlpack` gives what that gives."""
     assert _dlpack._managed_tensor_to_buffer is not None

@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ torch = pytest.importorskip("torch")
 from bridge import dense  # noqa: E402 (torch may be missing)
 
 import torch_bridge as tb  # noqa: E402
-from torch_bridge import _dlpack, _held, _launch, _ops  # noqa: E402
+from torch_bridge import _held, _launch, _ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 B, N, K, H = 2, 4, 2, 64
@@ -243,24 +244,67 @@ def test_a_ring_goes_back_and_forth_between_torch_and_jax(monkeypatch):
 
 
 def test_torch_launches_what_jax_would(monkeypatch):
-    """Odd lengths, both sides, lse and gradients: the same to the bit, and XLA's sums apart from the last one."""
+    """Odd lengths, both sides, lse and gradients: the same to the bit, and XLA's sums apart from the last one.
+
+    A wide window's backward pass is one kernel, which adds to what another has filled.
+    """
+    plain = _launch.Launched.__call__
     cases = [
         (160, WINDOW, {}),
         (256, rj.Window(30, 10), {"softcap": 20.0}),
+        (512, rj.Window.causal(2048), {}),
         (131, WINDOW, {"sink_logits": torch.randn(N, device="cuda")}),
     ]
     for length, window, options in cases:
         q, k, v = (x.requires_grad_() for x in tokens(length, torch.bfloat16, seed=length))
-        found = []
+        found, launches = [], []
+        monkeypatch.setattr(
+            _launch.Launched, "__call__", lambda self, x, seen=launches: seen.append(self) or plain(self, x)
+        )
         for _ in range(2):
             out, lse = tb.attention(q, k, v, window, return_lse=True, **options)
             found.append((out, lse, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
             by_jax(monkeypatch)
         monkeypatch.undo()
+        assert len(launches) == (1 if "sink_logits" in options else 2)
         (out, lse, *mine), (jax_out, jax_lse, *theirs) = found
         assert torch.equal(out, jax_out) and torch.equal(lse, jax_lse)
         for a, b in zip(mine, theirs, strict=True):
             assert float((a.double() - b.double()).norm() / b.double().norm()) < 3e-3
+
+
+def test_what_lies_otherwise_is_copied_and_launched(monkeypatch):
+    """Slices of packed tensors, and the gradient of a sum, which is one number expanded; no torch operation else."""
+    launches, plain = [], _launch.Launched.__call__
+    monkeypatch.setattr(_launch.Launched, "__call__", lambda self, x: launches.append(self) or plain(self, x))
+    torch.manual_seed(3)
+    packed = torch.randn(B, 128, N + 2 * K, H, device="cuda").bfloat16().requires_grad_()
+    expected = [x.detach().contiguous().requires_grad_() for x in packed.split([N, K, K], dim=2)]
+    for _ in range(2):
+        out = tb.attention(*packed.split([N, K, K], dim=2), WINDOW)
+        (found,) = torch.autograd.grad(out.sum(), packed)
+        exact = tb.attention(*expected, WINDOW)
+        gradients = torch.autograd.grad(exact, expected, torch.ones_like(exact))
+        assert torch.equal(out, exact) and torch.equal(found, torch.cat(gradients, dim=2))
+    assert len(launches) == 8 and [len(x._program.steps) for x in launches[:2]] == [1, 3]
+    assert tb.stats().strides == tb.stats().copies == 2 * (3 + 4)
+
+
+def test_a_thread_that_has_asked_cuda_for_nothing():
+    """Its first call finds no context, and memory in torch's cache: a launch would end the process."""
+    made = [x.requires_grad_() for x in tokens(128, torch.bfloat16)]
+
+    def call():
+        out = tb.attention(*made, WINDOW)
+        with torch.autograd.set_multithreading_enabled(False):
+            return out.detach(), *torch.autograd.grad(out, made, torch.ones_like(out))
+
+    expected, found = call(), []
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: found.extend(call()))
+    thread.start()
+    thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_memory_is_flat_over_100_000_steps(way):
@@ -284,7 +328,24 @@ def test_memory_is_flat_over_100_000_steps(way):
     assert after[1] == before[1]
     assert after[2] - before[2] < 32 * 2**20
     assert ring.length.tolist() == [100_000] * B
-    assert len(_dlpack.Lease._returned[0]) < 10
+
+
+def test_handles_that_are_dropped_leave_no_memory_behind(way):
+    """Also where torch launches every program, so that no program of JAX's comes by to wait for torch."""
+    token = [x.to(torch.bfloat16) for x in tokens(1)]
+    rings = jax.devices()[0].memory_stats
+
+    with torch.no_grad():
+        for i in range(200):
+            ring = tb.RingBuffer.empty(B, K, H, rj.Window.causal(8192), device="cuda")
+            tb.attend(*token, ring)
+            del ring
+            if i == 20:
+                gc.collect()
+                torch.cuda.synchronize()
+                before = rings()["bytes_in_use"]
+    torch.cuda.synchronize()
+    assert rings()["bytes_in_use"] - before < 4 * 2 * B * K * 8192 * H * 2
 
 
 def test_the_snippet_with_cuda():

@@ -26,8 +26,6 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def on_the_gpu(monkeypatch, precise_products):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
-    monkeypatch.setattr(tiny, "DEVICE", torch.device("cuda", 0))
+def tensors_there(monkeypatch, on_the_gpu):
+    monkeypatch.setattr(tiny, "DEVICE", on_the_gpu)
     monkeypatch.setattr(test_huggingface_cache, "IDS", test_huggingface_cache.IDS.cuda())

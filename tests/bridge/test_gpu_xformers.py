@@ -37,11 +37,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def on_the_gpu(monkeypatch, precise_products):
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
+def tensors_there(monkeypatch, on_the_gpu):
     for module in (test_xformers, test_xformers_dispatch):
-        monkeypatch.setattr(module, "DEVICE", torch.device("cuda", 0))
+        monkeypatch.setattr(module, "DEVICE", on_the_gpu)
 
 
 def test_the_same_numbers_as_ringjax_to_the_bit():

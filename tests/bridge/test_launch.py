@@ -1,6 +1,7 @@
 """Programs that torch launches itself: what their StableHLO says is what is done. Kernels are played, on a CPU."""
 
 import ctypes
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_bridge as tb  # noqa: E402 (torch may be missing)
-from torch_bridge import _held, _launch, _stablehlo  # noqa: E402
+from torch_bridge import _by_row, _held, _launch, _stablehlo  # noqa: E402
 
 SHAPE = (3, 4)
 F32, I32 = jax.ShapeDtypeStruct(SHAPE, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -36,7 +37,7 @@ KERNELS = {"twice": twice, "append": append}
 
 
 def played(module, device):
-    return lambda pointers, device: KERNELS[module.decode()](*pointers)
+    return lambda pointers: KERNELS[module.decode()](*pointers)
 
 
 def kernel(name, types, *operands, aliases=None):
@@ -79,6 +80,105 @@ def test_arithmetic_around_kernels():
     assert (both[:, 0, 2:] == 7.0).all()
 
 
+def played_by_row(results, wide, narrow):
+    """A kernel that computes the expressions of rows, in NumPy."""
+    shape, count = wide[0].shape, len(wide)
+
+    def kernel(*pointers):
+        sizes = [(16, *shape)] * count + [(32, shape[0], shape[2], shape[1])] * len(narrow)
+        given = []
+        for pointer, (bits, *of) in zip(pointers, sizes, strict=False):
+            x = at(pointer, int(np.prod(of)), {16: ctypes.c_uint16, 32: ctypes.c_float}[bits]).reshape(of)
+            given.append((x.astype(np.uint32) << 16).view(np.float32) if bits == 16 else x)
+
+        def value(x):
+            if isinstance(x, _by_row.Wide):
+                return np.einsum("btnh,btnh->bnt", given[x.left], given[x.right])
+            if isinstance(x, _by_row.Narrow):
+                return given[count + x.number]
+            if isinstance(x, _by_row.Apply):
+                operands = map(value, x.operands)
+                return np.where(*operands) if x.function == "select" else _by_row.FUNCTIONS[x.function](*operands)
+            return x
+
+        rows = np.stack([np.broadcast_to(value(x), (shape[0], shape[2], shape[1])) for x in results], axis=2)
+        at(pointers[-1], rows.size)[:] = rows.reshape(-1)
+
+    KERNELS["by row"] = kernel
+    made = jax.ShapeDtypeStruct((shape[0], shape[2], len(results), shape[1]), jnp.float32)
+    return jax_kernel("by row", made, *wide, *narrow)
+
+
+jax_kernel = kernel
+
+
+def before_a_backward_pass(g, out, lse, g_lse, *, size=64):
+    """What ringjax computes there, of one row of a batch, and a kernel that reads it."""
+    delta = jnp.einsum("btnh,btnh->bnt", g, out, preferred_element_type=jnp.float32)
+    delta = delta - jnp.where(lse == -jnp.inf, 0.0, g_lse) * jnp.ones((), jnp.float32)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * 1.5)
+    lse, delta = jax.lax.optimization_barrier((lse, delta))
+    more = ((0, 0), (0, 0), (0, size - lse.shape[2]))
+    stacked = jnp.stack([jnp.pad(lse, more, constant_values=jnp.inf), jnp.pad(delta, more)], axis=2)
+    return kernel("copy", jax.ShapeDtypeStruct(stacked.shape, jnp.float32), stacked)
+
+
+@pytest.mark.parametrize(
+    ("queries", "with_lse", "whole"),
+    [(64, True, True), (64, False, True), (60, True, False)],
+    ids=["with the lse's gradient", "without", "padded"],
+)
+def test_arithmetic_on_rows_is_one_kernel(monkeypatch, queries, with_lse, whole):
+    """Of whole tiles; where rows have to be padded, torch does it."""
+    KERNELS["copy"] = lambda x, out: at(out, 2 * 3 * 2 * 64).__setitem__(slice(None), at(x, 2 * 3 * 2 * 64))
+    monkeypatch.setattr(_stablehlo, "by_row", played_by_row)
+    g, out = (torch.randn(2, queries, 3, 64).bfloat16() for _ in range(2))
+    lse, g_lse = (torch.randn(2, 3, queries) for _ in range(2))
+    lse[1, 2, 5] = -torch.inf
+    tensors = [g, out, lse, g_lse][: 3 + with_lse]
+
+    def program(*arrays):
+        return before_a_backward_pass(*arrays, *([] if with_lse else [jnp.zeros_like(arrays[2])]))
+
+    found = launched(program, *map(spec, tensors))
+    assert ((len(found._program.steps), found._program.operations) == (2, 1)) == whole
+    (both,) = found(tensors)
+    exact = torch.einsum("btnh,btnh->bnt", g.double(), out.double())
+    exact -= torch.where(lse == -torch.inf, 0.0, g_lse) if with_lse else 0.0
+    assert torch.equal(both[:, :, 0, :queries], torch.where(lse == -torch.inf, torch.inf, lse * 1.5))
+    torch.testing.assert_close(both[:, :, 1, :queries].double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_without_such_a_kernel_torch_does_the_arithmetic(monkeypatch, caplog):
+    def broken(*_):
+        raise AttributeError("another version of JAX")
+
+    monkeypatch.setattr(_stablehlo, "by_row", broken)
+    KERNELS["copy"] = lambda x, out: at(out, 384).__setitem__(slice(None), at(x, 384))
+    g, lse = torch.randn(1, 64, 3, 64).bfloat16(), torch.randn(1, 3, 64)
+    with caplog.at_level("DEBUG", "torch_bridge"):
+        found = launched(before_a_backward_pass, *map(spec, (g, g, lse, lse)))
+    assert "no kernel for rows: AttributeError: another version of JAX" in caplog.text
+    (both,) = found([g, g, lse, lse])
+    torch.testing.assert_close(both[:, :, 1], torch.einsum("btnh,btnh->bnt", g.float(), g.float()) - lse)
+
+
+def test_tensors_are_laid_out_as_kernels_read_them():
+    """Slices, what is turned or expanded, what begins between two multiples of 16 bytes: copied, and counted."""
+    found = launched(lambda x, y: kernel("twice", F32, x - kernel("twice", F32, y)), F32, F32)
+    tb.reset_stats()
+    storage = torch.arange(100.0)
+    x = storage[1:13].view(SHAPE)
+    assert x.data_ptr() % 16 and x.is_contiguous()
+    for y in (torch.randn(3, 8)[:, ::2], torch.randn(4, 3).T, torch.tensor(2.0).expand(3, 4)):
+        given = found.given([x, None, y])
+        assert all(z.is_contiguous() and z.data_ptr() % 16 == 0 for z in given)
+        assert torch.equal(found(given)[0], 2 * (x - 2 * y))
+    assert (tb.stats().copies, tb.stats().strides, tb.stats().alignment) == (6, 3, 3)
+    ready = found(given)[0]
+    assert found.given([ready])[0] is ready and tb.stats().copies == 6
+
+
 def test_what_needs_no_launch_is_none():
     """Padding by nothing, factors of 1, constants: a program of one kernel is that kernel alone."""
 
@@ -108,6 +208,22 @@ def test_rings_are_updated_in_place():
         assert out.shape == (12,) and out.data_ptr() != x.data_ptr()
 
 
+def add(total, x):
+    return kernel("add", F32, x, total, aliases={1: 0})
+
+
+def test_a_kernel_adds_to_what_another_has_filled():
+    """As the fused backward pass does: in memory that is neither an argument's nor anybody else's."""
+    KERNELS["fill"] = lambda out: at(out, 12).fill(3.0)
+    KERNELS["add"] = lambda x, total, out: np.add(at(total, 12), at(x, 12), out=at(out, 12))
+    found = launched(
+        lambda x: add(add(kernel("fill", jax.ShapeDtypeStruct((12,), jnp.float32)).reshape(SHAPE), x), x), F32
+    )
+    x = torch.randn(SHAPE)
+    for _ in range(2):
+        assert torch.equal(found([x])[0], 3.0 + x + x)
+
+
 @pytest.mark.parametrize(
     ("f", "specs", "in_place", "why"),
     [
@@ -117,8 +233,11 @@ def test_rings_are_updated_in_place():
         (lambda x: (kernel("twice", F32, x), x), [F32], 0, "results that are arguments"),
         (lambda x: kernel("twice", F32, jnp.asarray(np.arange(12.0, dtype="f4").reshape(3, 4)) * x), [F32], 0, "const"),
         (lambda x: kernel("twice", F32, jnp.pad(x[1:], ((1, 0), (0, 0)))), [F32], 0, "padding in front"),
+        (lambda x: [kernel("twice", F32, x).reshape(y) for y in (12, (2, 6))], [F32], 0, "or one another"),
+        (lambda x: (kernel("twice", F32, x), jnp.zeros(3)), [F32], 0, "results that are constants"),
+        (lambda x: add(zeros := kernel("fill", F32), x) - zeros, [F32], 0, "read after it was written to"),
         (lambda x: jax.ffi.ffi_call("another", F32)(x), [F32], 0, "another"),
-        (lambda r, x: step(r, x), [(F32, I32), F32], 0, "writes to what is no ring"),
+        (lambda r, x: step(r, x), [(F32, I32), F32], 0, "to what is neither a ring nor"),
         (lambda r, x: (step(r, x)[0] + r[0].reshape(12), step(r, x)[1]), [(F32, I32), F32], 2, "after it was written"),
         (lambda r, x: (step(r, x)[0], (r[0] * 2.0, step(r, x)[1][1])), [(F32, I32), F32], 2, "after it was written"),
         (lambda r, x: (kernel("twice", F32, x), (r[0] * 2.0, r[1])), [(F32, I32), F32], 2, "not updated in place"),
@@ -152,6 +271,40 @@ def test_a_jitted_program_is_lowered_for_tensors(monkeypatch, caplog):
     assert "left to JAX's runtime: Unknown: stablehlo.sine" in caplog.text
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["jax 0.11's launcher", "another"])
+def test_jaxs_launcher_runs_on_torchs_stream_in_a_thread_with_a_context(monkeypatch, known):
+    """A thread that has asked CUDA for nothing has no context, and a launch there would end the process."""
+    core = pytest.importorskip("jax.experimental.mosaic.gpu.core")
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+    asked, calls, its_torch = [], [], torch
+
+    def compiled(module):
+        torch, function, another = its_torch, 7, None
+        launch_c = kind(lambda *given: calls.append((module, *given[:2], given[2][:3])))
+
+        def launch(pointers, device):
+            launch_c(function, torch.cuda.default_stream(device)._as_parameter_, pointers)
+
+        def another_launch(pointers, device):
+            assert another is None and torch.device(device) == its_torch.device("cuda", 3)
+            launch_c(function, torch.cuda.default_stream(device)._as_parameter_, pointers)
+
+        return (launch if known else another_launch), None
+
+    monkeypatch.setattr(core, "_compile_as_torch_gpu_kernel", compiled)
+    monkeypatch.setattr(_launch, "current_stream", lambda index: 10 + index)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked.append)
+    monkeypatch.setattr(_launch, "_thread", _launch._Thread())
+    launch = _launch._compiled(b"a kernel", torch.device("cuda", 3))
+    launch([1, 2, 3])
+    assert calls[-1] == (b"a kernel", 7, 13, [1, 2, 3]) and asked == [3]
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: [launch([4, 5, 6]) for _ in range(2)])
+        thread.start()
+        thread.join()
+    assert calls[-1] == (b"a kernel", 7, 13, [4, 5, 6]) and asked == [3] * 3
+
+
 def test_a_ring_is_lent_to_torch_and_taken_back(monkeypatch):
     """Its memory stays; streams wait for the one that wrote last, and the host before JAX sees it. A GPU is played."""
     stream, events = [3], []
@@ -164,7 +317,7 @@ def test_a_ring_is_lent_to_torch_and_taken_back(monkeypatch):
             events.append(f"the host waits for {self.raw}")
 
     class Step:
-        takes = staticmethod(lambda tensors: True)
+        given = staticmethod(lambda tensors: [x for x in tensors if x is not None])
 
         def __call__(self, tensors):
             k, _, length, written, q, *_ = tensors

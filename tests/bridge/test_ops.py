@@ -180,6 +180,30 @@ def test_derivatives_that_do_not_exist_say_so():
         torch.func.jvp(lambda q: tb.attention(q, k, v, W), (q.detach(),), (q.detach(),))
 
 
+def test_many_gradients_at_once():
+    """`is_grads_batched`, as torch's vectorised Jacobians use it: the dispatcher takes them apart."""
+    made = small(requires_grad=True)
+    for f in (lambda *x: both(*x)[0], lambda *x: both(*x)[1]):
+        out = f(*made)
+        g = torch.randn(3, *out.shape)
+        found = torch.autograd.grad(out, made, g, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        singly = [torch.autograd.grad(out, made, x, retain_graph=True) for x in g]
+        for x, each in zip(found, zip(*singly, strict=True), strict=True):
+            torch.testing.assert_close(x, torch.stack(each))
+
+
+def test_dual_tensors_are_not_taken_for_plain_ones(recwarn):
+    q, k, v, _ = small(keys=5)
+    ring = tb.RingBuffer.empty(2, 2, 8, W, value_dim=6, dtype=torch.float32)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        for call, name in ((tb.attention, "attention"), (lambda *x: tb.attend(*x[:3], ring), "attend")):
+            with pytest.raises(NotImplementedError, match=rf"^{name}: forward-mode derivatives .* do not exist"):
+                call(dual, k, v, W)
+        tb.attention(q, k, v, W)
+    assert ring.length.tolist() == [0, 0]
+
+
 def test_a_write_between_forward_and_backward_is_noticed():
     q, k, v, _ = small(requires_grad=True)
     out = tb.attention(q, k, v, W)
@@ -221,6 +245,15 @@ def test_what_padding_holds_does_not_leak():
     assert torch.equal(out, tb.attention(q, k, v, W, segment_ids=ids))
     out.square().sum().backward()
     assert all(bool(torch.isfinite(x.grad).all()) for x in dirty)
+
+
+@pytest.mark.parametrize("offset", [3, torch.tensor([2, 4])], ids=["one", "per row"])
+def test_padding_of_a_bucket_is_not_seen_from_beyond_the_last_key(offset):
+    """A causal query whose position is beyond the last key's sees places where a bucket's padding is."""
+    q, k, v, _ = small(keys=5)
+    plain = tb.attention(q, k, v, W, q_offset=offset, return_lse=True)
+    for a, b in zip(tb.attention(q, k, v, W, q_offset=offset, return_lse=True, bucket=8), plain, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("pairs", [((3, 3), (5, 5), (8, 8)), ((2, 6), (3, 8), (7, 5))], ids=["T=S", "T!=S"])

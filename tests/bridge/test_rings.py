@@ -110,6 +110,29 @@ def test_detach_cuts_the_tape():
     assert not ring.requires_grad
 
 
+def test_what_cannot_be_derived_through_a_ring_says_so():
+    """Second derivatives, many gradients at once, torch.func: an error each, never a part of the gradient left out."""
+    q, k, v = (x.requires_grad_() for x in tokens(length=6))
+    ring = empty()
+    out, _ = tb.attend(q, k, v, ring)
+    loss = out.square().sum()
+    gradients = torch.autograd.grad(loss, (q, k, v), create_graph=True)
+    for mine, plain in zip(gradients, torch.autograd.grad(loss, (q, k, v), retain_graph=True), strict=True):
+        assert torch.equal(mine, plain)
+        with pytest.raises(NotImplementedError, match=r"^attend: the second derivative does not exist"):
+            mine.sum().backward(retain_graph=True)
+    with pytest.raises(NotImplementedError, match=r"^attend: gradients go through a ring one at a time, got many"):
+        torch.autograd.grad(out, q, torch.ones(2, *out.shape), is_grads_batched=True)
+    made = [x.detach() for x in (q, k, v)]
+    for transform in (
+        lambda: torch.func.grad(lambda q: tb.attend(q, *made[1:], ring)[0].sum())(made[0]),
+        lambda: torch.vmap(lambda q: tb.attend(q[None], *made[1:], ring)[0])(made[0]),
+    ):
+        with pytest.raises(NotImplementedError, match=r"^attend: a ring is updated in place, which torch\.func's"):
+            transform()
+    assert ring.length.tolist() == [6] * B
+
+
 def test_what_was_written_may_not_change_before_the_backward_pass():
     q, k, v = (x.requires_grad_() for x in part(tokens(), 0, 6))
     out, _ = tb.attend(q, k, v, empty())

@@ -51,6 +51,7 @@ MASKS = {
     "blocks-local-bottom-right": lambda: blocks().make_local_attention_from_bottomright(3),
     "blocks-of-one-length": lambda: blocks((2, 2, 2), (3, 3, 3)).make_causal_from_bottomright(),
     "padded": lambda: padded("BlockDiagonalPaddedKeysMask"),
+    "padded-idle": lambda: padded("BlockDiagonalPaddedKeysMask", queries=(3, 0, 3)),  # of whose keys none is seen
     "padded-causal": lambda: padded("BlockDiagonalCausalWithOffsetPaddedKeysMask"),
     "padded-local": lambda: padded("BlockDiagonalLocalAttentionPaddedKeysMask", 2, 1),
     "padded-local-causal": lambda: padded("BlockDiagonalCausalLocalAttentionPaddedKeysMask", 3),
@@ -186,7 +187,16 @@ def test_no_keys_and_no_queries():
 
 @pytest.mark.parametrize(
     "name",
-    ["causal-top-left", "local-causal", "blocks-causal", "padded", "padded-local-causal", "gappy", "paged-causal"],
+    [
+        "causal-top-left",
+        "local-causal",
+        "blocks-causal",
+        "padded",
+        "padded-idle",
+        "padded-local-causal",
+        "gappy",
+        "paged-causal",
+    ],
 )
 def test_what_is_not_seen_may_be_nan(name):
     """Padding, and keys too far away for every query: nothing is ever added to them or multiplied by 0."""
