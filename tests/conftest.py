@@ -43,6 +43,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+# Files that look at what was compiled, or at how fast it is; and the examples, as a user runs them.
+OPTIMISED = {
+    "test_benchmarks",
+    "test_certify",
+    "test_examples",
+    "test_layers_in_a_loop",
+    "test_memory",
+    "test_transforms",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_quickly(request):
+    """Leave out LLVM's optimisations, half of the compile time of programs this small; XLA's own passes all run."""
+    quickly = jax.default_backend() == "cpu" and request.module.__name__.split(".")[-1] not in OPTIMISED
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_executables():
     """Free a file's executables after it: a few thousand of them exhaust a process's memory maps."""
