@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
@@ -165,22 +164,12 @@ def _in_one_launch(
         return None
     extend = partial(_extend, problem, name)
 
-    @custom_vmap
     def launch(*arrays: Any) -> tuple[Array, Array]:
         q, k, v, buffer, lengths, sink_logits = arrays
         rows = _ring_rows(buffer, buffer.length, lengths)
         return extend(rows, q, k, v, buffer.k, buffer.v, sink_logits)
 
-    @launch.def_vmap
-    def over(size: int, batched: Any, *arrays: Any) -> Any:
-        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-        results = jax.vmap(derived, in_axes=tuple(axes), axis_size=size)(*arrays)
-        return results, jax.tree.map(lambda _: True, results)
-
-    @jax.custom_vjp
-    def together(*arrays: Any) -> tuple[Array, Array]:
-        return launch(*arrays)
-
+    together = jax.custom_vjp(_partition.batched_as(derived, launch))
     together.defvjp(lambda *arrays: jax.vjp(derived, *arrays), lambda vjp, cotangents: vjp(cotangents))
     return together(*arrays)
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.tree_util import Partial
 
@@ -61,19 +60,7 @@ def append_attend(
     if writes is None or not writes(problem, *problems) or _partition.may_be_partitioned(jax.tree.leaves(arrays)):
         return apart(*arrays)
 
-    @custom_vmap
-    def launch(*arrays: Any) -> Any:
-        return _launch(problem, problems, implementation, *arrays)
-
-    @launch.def_vmap
-    def over(size: int, batched: Any, *arrays: Any) -> Any:
-        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-        results = jax.vmap(apart, in_axes=tuple(axes), axis_size=size)(*arrays)
-        return results, jax.tree.map(lambda _: True, results)
-
-    @jax.custom_vjp
-    def together(*arrays: Any) -> Any:
-        return launch(*arrays)
+    together = jax.custom_vjp(_partition.batched_as(apart, partial(_launch, problem, problems, implementation)))
 
     def forward(*marked: Any) -> Any:
         # What no derivative is asked of stays a constant: a quantised ring has none in k and v.
@@ -118,7 +105,7 @@ def _launch(
     run = _kernels.IMPLEMENTATIONS[implementation].append_attend
     if not problem.quantised:
         k, v = k.astype(buffer.k.dtype), v.astype(buffer.v.dtype)
-    memories = tuple(Memory(*memory) for memory in zip(problems, *zip(*others, strict=True), strict=True))
+    memories = tuple(Memory(its, *arrays) for its, arrays in zip(problems, others, strict=True))
     beside = (memories,) if memories else ()
     out, lse, ring_k, ring_v, after = run(problem, rows, q, k, v, buffer.k, buffer.v, sinks, *beside)
     now = {name: getattr(after, name) for name in ("length", "written", "k_scale", "v_scale")}

@@ -84,18 +84,22 @@ def _partitioned(problem: Problem, implementation: str, direction: str, *arrays:
         need_replication_factors=tuple(letter for letter in letters if letter not in "bnm"),
     )
 
-    @custom_vmap
-    def run(*leaves: Array) -> Any:
-        return call(*leaves)
+    # The partitioner knows no batch of calls; the implementations do.
+    return batched_as(whole, call)(*leaves)
+
+
+def batched_as(plain: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, of which a batch under `vmap` is one of `plain`, the same function of the same arrays."""
+    run = custom_vmap(call)
 
     @run.def_vmap
-    def over(size: int, batched: list[bool], *leaves: Array) -> Any:
-        # The partitioner knows no batch of calls; the implementations do.
-        axes = tuple(0 if is_batched else None for is_batched in batched)
-        out = jax.vmap(whole, in_axes=axes, axis_size=size)(*leaves)
-        return out, jax.tree.map(lambda _: True, out)
+    def over(size: int, batched: Any, *arrays: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        results = jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(*arrays)
+        return results, jax.tree.map(lambda _: True, results)
 
-    return run(*leaves)
+    found: Callable[..., Any] = run
+    return found
 
 
 _jitted = jax.jit(_partitioned, static_argnums=(0, 1, 2))
