@@ -62,12 +62,12 @@ def normal(seed, *shape):
     return _normal(shape, jax.random.key(seed))
 
 
-def ring(shape, seed, length=None, dtype=jnp.bfloat16):
+def ring(shape, seed, length=None, dtype=jnp.bfloat16, slack=0):
     """A ring that has wrapped, a little further in each row; or `length` tokens in every row."""
     at = shape.w + 77 + 13 * jnp.arange(shape.b, dtype=jnp.int32)
     at = at if length is None else jnp.full_like(at, length)
     empty = jax.eval_shape(
-        lambda: rj.RingBuffer.empty(shape.b, shape.k, shape.h, rj.Window.causal(shape.w), dtype=dtype)
+        lambda: rj.RingBuffer.empty(shape.b, shape.k, shape.h, rj.Window.causal(shape.w), slack=slack, dtype=dtype)
     )
     k, v = normal(seed, *empty.k.shape), normal(seed + 1, *empty.v.shape)
     scales = {}

@@ -278,10 +278,7 @@ def tokens_at_once():
     for shape in SHAPES[:2]:
         rounds = max(1, shape.rounds // 2)
         for count in (1, 4, 8, 16):
-            empty = rj.RingBuffer.empty(shape.b, shape.k, shape.h, rj.Window.causal(shape.w), slack=15)
-            stores = [(normal(10 * i, *empty.k.shape), normal(10 * i + 1, *empty.v.shape)) for i in range(shape.sets)]
-            at = shape.w + 77 + 13 * jnp.arange(shape.b, dtype=jnp.int32)
-            states = [dataclasses.replace(empty, k=k, v=v, length=at + 0, written=at + 0) for k, v in stores]
+            states = [ring(shape, 10 * i, slack=15) for i in range(shape.sets)]
             q = normal(0, shape.b, count, shape.n, shape.h)
             new = tuple(normal(1 + i, shape.b, count, shape.k, shape.h) for i in range(2))
             prepared[shape, count] = q, new, states, *compiling(pool, jax.jit(ours(shape)), rounds, q, new, states)
